@@ -1,0 +1,107 @@
+"""jaxweights: everything that is done to weight matrices in JAX.
+
+Ten techniques, each a small pure function, each at every level where it makes sense: arrays, parameter trees
+(`on_tree`), optax (`project`, `add_weight_decay`), Flax Linen (`jaxweights.linen`) and Flax NNX (`jaxweights.nnx`).
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from jaxweights import axes
+from jaxweights.axes import Axes, fans
+from jaxweights.lifts.optax import add_weight_decay, project
+from jaxweights.lifts.rewrite import reinitialize, tie
+from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
+from jaxweights.techniques.batch_norm import batch_norm, batch_stats, fold_batch_norm, running_stats
+from jaxweights.techniques.initialization import (
+    he_normal,
+    he_uniform,
+    lecun_normal,
+    lecun_uniform,
+    xavier_normal,
+    xavier_uniform,
+)
+from jaxweights.techniques.layer_norm import group_norm, instance_norm, layer_norm, rms_norm
+from jaxweights.techniques.quantization import (
+    FakeQuantize,
+    QuantizedArray,
+    dequantize,
+    fake_quantize,
+    matmul,
+    quantize,
+)
+from jaxweights.techniques.sparsification import Prune, Sparsify, magnitude_mask, sparsify
+from jaxweights.techniques.spectral_norm import SpectralNorm, spectral_norm, spectral_normalize
+from jaxweights.techniques.weight_clipping import ClipNorm, ClipWeights, clip_norm, clip_weights
+from jaxweights.techniques.weight_decay import weight_decay
+from jaxweights.techniques.weight_norm import WeightNorm, weight_normalize
+from jaxweights.techniques.weight_sharing import ShareWeights, cluster, conv_index, hash_index, share
+from jaxweights.transform import Chain, Transform
+
+if TYPE_CHECKING:
+    from jaxweights.lifts import linen, nnx
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Axes",
+    "Chain",
+    "ClipNorm",
+    "ClipWeights",
+    "FakeQuantize",
+    "Prune",
+    "QuantizedArray",
+    "ShareWeights",
+    "Sparsify",
+    "SpectralNorm",
+    "Transform",
+    "TreeState",
+    "TreeTransform",
+    "WeightNorm",
+    "add_weight_decay",
+    "axes",
+    "batch_norm",
+    "batch_stats",
+    "clip_norm",
+    "clip_weights",
+    "cluster",
+    "conv_index",
+    "dequantize",
+    "fake_quantize",
+    "fans",
+    "fold_batch_norm",
+    "group_norm",
+    "hash_index",
+    "he_normal",
+    "he_uniform",
+    "instance_norm",
+    "layer_norm",
+    "lecun_normal",
+    "lecun_uniform",
+    "linen",
+    "magnitude_mask",
+    "matmul",
+    "nnx",
+    "on_tree",
+    "project",
+    "quantize",
+    "reinitialize",
+    "rms_norm",
+    "running_stats",
+    "share",
+    "sparsify",
+    "spectral_norm",
+    "spectral_normalize",
+    "tie",
+    "weight_decay",
+    "weight_normalize",
+    "xavier_normal",
+    "xavier_uniform",
+]
+
+
+def __getattr__(name: str):
+    """`jaxweights.linen` and `jaxweights.nnx`, imported when first asked for: importing Flax takes a while."""
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"jaxweights.lifts.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

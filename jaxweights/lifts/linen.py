@@ -1,0 +1,193 @@
+"""The Linen level: any module with its weights transformed, and the two norms as modules."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import unfreeze
+
+from jaxweights.lifts.paths import STATE, Where
+from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
+from jaxweights.techniques.batch_norm import batch_norm, batch_stats, running_stats
+from jaxweights.techniques.layer_norm import layer_norm
+from jaxweights.transform import Transform
+
+__all__ = ["BatchNorm", "LayerNorm", "Transformed"]
+
+
+class Transformed(nn.Module):
+    """A Linen module that computes with transformed weights and stores the plain ones.
+
+    The parameters keep their names and are never overwritten. The state of the transform lives beside them: what
+    is learned in the collection "params" under the name "weight_transform", the rest in the collection
+    "weight_transform", which `apply` updates if and only if it is mutable: `model.apply(variables, x)`
+    evaluates, `model.apply(variables, x, mutable=["weight_transform"])` is a training step.
+
+    Every public method of the module is one of the wrapper too (`method="encode"`).
+
+    Attributes:
+      module: any Linen module, with `nn.scan`, `nn.remat`, dropout, batch norm or `sow` inside as it pleases.
+      transform: a transform, or rules {glob: transform} on the paths within the module.
+      where: the weights to transform, as for `on_tree`.
+
+    Raises:
+      ValueError: (in `init` or `apply`) `where` selects nothing, the module is itself a `Transformed`, the state is
+        missing, or a selected weight is out of reach.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> model = jw.linen.Transformed(nn.Dense(2), jw.ClipWeights(0.0))
+    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> sorted(variables["params"])
+    ['bias', 'kernel']
+    >>> print(model.apply(variables, jnp.ones((1, 3))))
+    [[0. 0.]]
+    """
+
+    module: nn.Module
+    transform: Transform | Mapping[str, Transform]
+    where: Where | None = None
+
+    def setup(self):
+        """Puts the module in the wrapper's scope, so that no name changes."""
+        if isinstance(self.module, Transformed):
+            raise ValueError(
+                "Transformed got a module that is itself a Transformed: compose the transforms instead, "
+                "Transformed(module, Chain(inner, outer))"
+            )
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args, **kwargs):
+        """The module's own call, with transformed weights."""
+        return self._run("__call__", args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The module's other methods, with transformed weights."""
+        module = self.__dict__.get("module")
+        if module is None or name.startswith("_") or not callable(getattr(type(module), name, None)):
+            return super().__getattr__(name)  # type: ignore[misc]
+        return types.MethodType(lambda bound, *args, **kwargs: bound._run(name, args, kwargs), self)
+
+    @nn.compact
+    def _run(self, method: str, args: tuple, kwargs: dict) -> Any:
+        lifted = on_tree(self.transform, self.where)
+        call = lambda module: getattr(module, method)(*args, **kwargs)
+        if self.is_initializing():
+            call(self.module)  # makes the parameters
+        params = {n: p for n, p in unfreeze(self.variables.get("params", {})).items() if n != STATE}
+        state = self._make(lifted, params) if self.is_initializing() else self._read(lifted, params)
+        if state.fixed and self.is_mutable_collection(STATE) and not self.is_initializing():
+            state = lifted.update(params, state)
+            for path, entry in state.fixed.items():
+                self.put_variable(STATE, path, entry)
+
+        before, after = jax.tree.leaves(params), jax.tree.leaves(lifted.apply(params, state))
+        new = {id(old): leaf for old, leaf in zip(before, after, strict=True) if leaf is not old}
+        swapped: set[int] = set()
+
+        # Leaves are matched by identity: this runs once per scope, and a submodule that is shared with another
+        # module has a scope of its own.
+        def swap(leaf):
+            swapped.add(id(leaf))
+            return new.get(id(leaf), leaf)
+
+        run = nn.map_variables(call, "params", trans_in_fn=lambda scope: jax.tree.map(swap, scope))
+        y = run(self.module)
+        if missed := set(new) - swapped:
+            paths = [p for p, old in zip(lifted.selected(params), before, strict=False) if id(old) in missed]
+            raise ValueError(f"Transformed did not reach the weights {paths}: wrap the module that owns them")
+        return y
+
+    def _make(self, lifted: TreeTransform, params: Any) -> TreeState:
+        """The state at initialization, from the key of the parameters."""
+        if self.has_variable("params", STATE) or self.variables.get(STATE):
+            return self._read(lifted, params)
+        state = lifted.init(params, self.make_rng("params"))
+        if state.learned:
+            self.param(STATE, lambda _: state.learned)
+        for path, entry in state.fixed.items():
+            self.variable(STATE, path, lambda entry=entry: entry)
+        return state
+
+    def _read(self, lifted: TreeTransform, params: Any) -> TreeState:
+        """The stored state; an error says what is missing."""
+        learned = unfreeze(self.variables.get("params", {})).get(STATE, {})
+        fixed = unfreeze(self.variables.get(STATE, {}))
+        expected = jax.eval_shape(lambda p: lifted.init(p, jax.random.key(0)), params)
+        for kind, have, want in (("params", learned, expected.learned), (STATE, fixed, expected.fixed)):
+            if missing := sorted(set(want) - set(have)):
+                raise ValueError(
+                    f"Transformed has no state for {missing} in the collection {kind!r}: pass all that init "
+                    f'returned, apply({{"params": ..., "{STATE}": ...}}, ...)'
+                )
+        return TreeState({p: learned[p] for p in expected.learned}, {p: fixed[p] for p in expected.fixed})
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization with running statistics. Parameters and statistics are named as Flax's.
+
+    running ← momentum·running + (1 − momentum)·batch, variance biased. A batch in which nothing counts leaves
+    the running statistics as they are.
+
+    Attributes:
+      use_running_average: evaluate with the running statistics; here or in the call.
+      momentum: what is kept of the running statistics per step.
+      epsilon: ε under the root.
+      use_bias: whether to add a learned bias.
+      use_scale: whether to multiply by a learned scale.
+      axis_name: name(s) of mapped axes to take the statistics over, by count.
+    """
+
+    use_running_average: bool | None = None
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    use_bias: bool = True
+    use_scale: bool = True
+    axis_name: Any = None
+
+    @nn.compact
+    def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
+        """Normalises `x`, shape (..., features); only entries where `mask` is true count."""
+        evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        shape = (x.shape[-1],)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        var = self.variable("batch_stats", "var", jnp.ones, shape)
+        scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else None
+        bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
+        if evaluate:
+            return batch_norm(x, scale, bias, mean=mean.value, var=var.value, eps=self.epsilon)
+        axis_name = None if self.is_initializing() else self.axis_name
+        now = batch_stats(x, where=mask, axis_name=axis_name)
+        if not self.is_initializing():
+            mean.value, var.value = running_stats((mean.value, var.value), now, self.momentum)
+        return batch_norm(x, scale, bias, mean=now[0], var=now[1], eps=self.epsilon)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalization. Parameters are named as Flax's.
+
+    Attributes:
+      epsilon: ε under the root.
+      use_bias: whether to add a learned bias.
+      use_scale: whether to multiply by a learned scale.
+      reduction_axes: axis or axes to normalise over.
+    """
+
+    epsilon: float = 1e-6
+    use_bias: bool = True
+    use_scale: bool = True
+    reduction_axes: int | Sequence[int] = -1
+
+    @nn.compact
+    def __call__(self, x):
+        """Normalises `x` within each sample."""
+        axes = (self.reduction_axes,) if isinstance(self.reduction_axes, int) else tuple(self.reduction_axes)
+        shape = tuple(x.shape[a] for a in sorted(a % x.ndim for a in axes))
+        scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else None
+        bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
+        return layer_norm(x, scale, bias, axis=axes, eps=self.epsilon)

@@ -1,0 +1,168 @@
+"""The optax level: projections after the update, and decay as a term of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxweights.lifts.paths import Where, flatten, select
+from jaxweights.lifts.tree import TreeState, on_tree
+from jaxweights.numerics import exact_delta
+from jaxweights.techniques.weight_decay import weight_decay
+from jaxweights.transform import Scalar, Transform, check_scalar
+
+
+class ProjectState(NamedTuple):
+    """State of `project`: that of the lifted transform."""
+
+    transform: TreeState
+
+
+class WeightDecayState(NamedTuple):
+    """State of `add_weight_decay`: the number of updates made."""
+
+    count: jax.Array
+
+
+def project(
+    transform: Transform | Mapping[str, Transform], where: Where | None = None, *, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Projects the weights after each update: put it last in an `optax.chain`.
+
+    Turns the update u of a weight p into u' such that p + u' is the transform of p + u, so that the constraint
+    holds after `optax.apply_updates`: |w| <= c, zeros and masks bit for bit, in float32 and in 16 bits. For that,
+    u' is float32 or wider, and where p + u' cannot be the projected weight it is its neighbour towards
+    zero. A weight that the transform does not change keeps its update u.
+
+    A transform with state keeps it in the optimizer's: each step is its `update`, then its `apply`. A learned
+    scale (`WeightNorm`) stays what it is at the start, so that the norms do.
+
+    Args:
+      transform: a transform, or rules {glob: transform} of which the first that matches a path is taken.
+      where: the weights to project, as for `on_tree`.
+      seed: seed of the random numbers that the state may start from.
+
+    Returns:
+      An optax gradient transformation. Its `update` needs `params`.
+
+    >>> import jax.numpy as jnp, optax
+    >>> import jaxweights as jw
+    >>> tx = optax.chain(optax.sgd(1.0), project(jw.ClipWeights(1.0), where="w"))
+    >>> params = {"w": jnp.array([0.5, -0.5])}
+    >>> updates, _ = tx.update({"w": jnp.array([-3.0, 0.2])}, tx.init(params), params)
+    >>> print(optax.apply_updates(params, updates)["w"])
+    [ 1.  -0.7]
+    """
+    lifted = on_tree(transform, where)
+
+    def init(params):
+        return ProjectState(lifted.init(params, jax.random.key(seed)))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        _check_params("project", params)
+        _check_structure("project", updates, params)
+        paths, p_leaves, treedef = flatten(params)
+        u_leaves = _aligned(updates, paths)
+        chosen = select(paths, p_leaves, lifted.rules, lifted.where)
+        chosen = {i for i in chosen if u_leaves[i] is not None}
+        moved = list(p_leaves)
+        for i in chosen:
+            moved[i] = (p_leaves[i] + u_leaves[i]).astype(p_leaves[i].dtype)
+        moved_tree = jax.tree_util.tree_unflatten(treedef, moved)
+        tree_state = lifted.update(moved_tree, state.transform, updates)
+        targets = flatten(lifted.apply(moved_tree, tree_state))[1]
+
+        new = {}
+        for i in chosen:
+            p, u, target = p_leaves[i], u_leaves[i], targets[i]
+            delta = exact_delta(p, target)
+            new[paths[i]] = jnp.where(target == moved[i], u.astype(delta.dtype), delta)
+        u_paths, flat, u_treedef = flatten(updates)
+        replaced = [new.get(path, u) for path, u in zip(u_paths, flat, strict=True)]
+        return jax.tree_util.tree_unflatten(u_treedef, replaced), ProjectState(tree_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def add_weight_decay(rate: Scalar, where: Where | None = None) -> optax.GradientTransformation:
+    """Adds rate·w to the update of every selected weight.
+
+    Before the optimizer's scaling it is L2 regularization, after it decoupled decay (AdamW):
+    `optax.chain(optax.scale_by_adam(), add_weight_decay(1e-2), optax.scale_by_learning_rate(1e-3))`.
+
+    Args:
+      rate: the decay λ >= 0: a number, a scalar array, or a schedule of the step. `optax.inject_hyperparams`
+        works on it; a predicate `where` then has to be named in its `static_args`.
+      where: the weights to decay, as for `on_tree`: by default those with two or more axes, not biases or the
+        scales of norms.
+
+    Returns:
+      An optax gradient transformation. Its `update` needs `params`.
+
+    Raises:
+      TypeError: `rate` is not a number or schedule.
+      ValueError: `rate` is negative or NaN; (when used) `params` is None or `where` selects nothing.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = optax.chain(add_weight_decay(0.5, where="w"), optax.sgd(1.0))
+    >>> params = {"w": jnp.array([2.0])}
+    >>> updates, _ = tx.update({"w": jnp.array([0.25])}, tx.init(params), params)
+    >>> print(updates["w"])
+    [-1.25]
+
+    References: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101, 2017.
+    """
+    check_scalar("rate", rate, 0, schedule=True)
+
+    def init(params):
+        paths, leaves, _ = flatten(params)
+        select(paths, leaves, [(None, None)], where)
+        return WeightDecayState(jnp.zeros((), jnp.int32)) if callable(rate) else optax.EmptyState()
+
+    def update(updates, state, params=None):
+        _check_params("add_weight_decay", params)
+        _check_structure("add_weight_decay", updates, params)
+        now = rate(state.count) if callable(rate) else rate
+        paths, p_leaves, _ = flatten(params)
+        weights = {paths[i]: p_leaves[i] for i in select(paths, p_leaves, [(None, None)], where)}
+        u_paths, flat, treedef = flatten(updates)
+        decayed = [
+            weight_decay(u, weights[path], now) if path in weights else u
+            for path, u in zip(u_paths, flat, strict=True)
+        ]
+        new_state = WeightDecayState(optax.safe_increment(state.count)) if callable(rate) else state
+        return jax.tree_util.tree_unflatten(treedef, decayed), new_state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check_params(name: str, params: Any) -> None:
+    if params is None:
+        raise ValueError(f"{name} needs the parameters: call tx.update(grads, state, params)")
+
+
+def _check_structure(name: str, updates: Any, params: Any) -> None:
+    """Every update must have a parameter of its shape; parameters without an update (None, masked) are fine."""
+    paths, leaves, _ = flatten(params)
+    shapes = {p: jnp.shape(a) for p, a in zip(paths, leaves, strict=True)}
+    for path, u in zip(*flatten(updates)[:2], strict=True):
+        if path not in shapes:
+            raise ValueError(
+                f"{name}: updates has {path!r}, params does not: pass the parameters of these gradients"
+            )
+        if jnp.shape(u) != shapes[path]:
+            raise ValueError(
+                f"{name}: updates at {path!r} has shape {jnp.shape(u)}, params {shapes[path]}: pass the parameters "
+                f"of these gradients"
+            )
+
+
+def _aligned(updates: Any, paths: list[str]) -> list[Any]:
+    """The leaves of `updates` in the order of `paths`, None where it has none."""
+    by_path = dict(zip(*flatten(updates)[:2], strict=True))
+    return [by_path.get(p) for p in paths]

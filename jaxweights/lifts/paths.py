@@ -1,0 +1,112 @@
+"""Paths in trees, and which weights a glob or a predicate selects."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+T = TypeVar("T")
+Where = str | Sequence[str] | Callable[[str, jax.Array], bool]
+"""A glob on paths, several of them, or a predicate `(path, array) -> bool`."""
+
+STATE = "weight_transform"
+"""The name under which Linen and NNX modules keep the state of their transforms, beside the parameters."""
+
+
+def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """(paths, leaves, treedef) of any pytree.
+
+    A path joins dictionary keys, indices and attribute names with "/". The array inside a Flax variable or
+    box has the path of the variable: the last ".value" is left out.
+    """
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return [_join(keys) for keys, _ in keyed], [leaf for _, leaf in keyed], treedef
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether a leaf is an array of a real floating dtype."""
+    return isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def select(
+    paths: Sequence[str],
+    leaves: Sequence[Any],
+    rules: Sequence[tuple[Where | None, T]],
+    where: Where | None = None,
+) -> dict[int, T]:
+    """The value of the first rule that matches each weight, by position; weights without one are left out.
+
+    `None` as a rule matches what `where` allows; `None` as `where` allows weights of two or more axes if a rule
+    matches by None, and every weight that a rule names otherwise. Raises if a glob, or all of it, matches nothing.
+    """
+    weights = [i for i, leaf in enumerate(leaves) if is_weight(leaf)]
+    if where is not None:
+        weights = _matching(weights, paths, leaves, where)
+    chosen: dict[int, T] = {}
+    for pattern, value in rules:
+        if pattern is not None:
+            matched = _matching(weights, paths, leaves, pattern)
+        elif where is not None:
+            matched = weights
+        else:
+            matched = [i for i in weights if leaves[i].ndim >= 2 and STATE not in paths[i].split("/")]
+            if not matched:
+                _nothing("the default where (floating-point arrays with two or more axes)", paths, leaves)
+        for i in matched:
+            chosen.setdefault(i, value)
+    return chosen
+
+
+def _matching(among: list[int], paths: Sequence[str], leaves: Sequence[Any], where: Where) -> list[int]:
+    if callable(where):
+        matched = [i for i in among if where(paths[i], leaves[i])]
+        if not matched:
+            _nothing(f"where={getattr(where, '__name__', where)!r}", paths, leaves)
+        return matched
+    patterns = [where] if isinstance(where, str) else list(where)
+    if not patterns or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            f"where must be a glob, a list of globs or a predicate (path, array) -> bool, got {where!r}"
+        )
+    found: set[int] = set()
+    for pattern in patterns:
+        matches = [i for i in among if _regex(pattern).fullmatch(paths[i])]
+        if not matches:
+            _nothing(f"where={pattern!r}", paths, leaves)
+        found.update(matches)
+    return sorted(found)
+
+
+def _nothing(what: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    have = [f"{p} {tuple(a.shape)}" for p, a in zip(paths, leaves, strict=True) if is_weight(a)]
+    listing = ", ".join(have[:50]) + (f", and {len(have) - 50} more" if len(have) > 50 else "")
+    raise ValueError(
+        f"{what} selects no weight. The floating-point arrays of this tree are: {listing or 'none'}"
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _regex(glob: str) -> re.Pattern[str]:
+    """`*` and `?` stay within one component, `**/` is any number of them, none included."""
+    out = ""
+    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[!?[^\]]+\]|.", glob):
+        if token in ("**/", "**", "*", "?"):
+            out += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}[token]
+        elif len(token) > 1:
+            out += token.replace("[!", "[^")
+        else:
+            out += re.escape(token)
+    return re.compile(out)
+
+
+def _join(keys: Sequence[Any]) -> str:
+    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys]
+    if len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and names[-1] == "value":
+        names.pop()
+    return "/".join(names)

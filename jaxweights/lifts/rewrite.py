@@ -1,0 +1,106 @@
+"""What is done once to a whole tree: tying leaves, and drawing weights anew."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxweights.axes import infer_axes
+from jaxweights.lifts.paths import flatten, is_weight, select
+from jaxweights.techniques.initialization import Initializer
+
+
+def tie(params: Any, ties: Mapping[str, str]) -> Any:
+    """Puts one leaf in the place of others.
+
+    Inside a loss, the tied places are one weight: its gradient is the sum over all of them, and that of the
+    places it replaces is 0.
+
+    Args:
+      params: any pytree.
+      ties: {path of the place: path of the weight to put there}. A weight that is put somewhere must not
+        itself be replaced.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: a path is not in the tree, the shapes differ, or a source is replaced.
+
+    >>> import jax.numpy as jnp
+    >>> tied = tie({"embed": jnp.ones((3, 2)), "head": jnp.zeros((3, 2))}, {"head": "embed"})
+    >>> bool((tied["head"] == 1).all())
+    True
+
+    References: Press and Wolf, Using the Output Embedding to Improve Language Models, arXiv:1608.05859, 2016.
+    """
+    paths, leaves, treedef = flatten(params)
+    position = {p: i for i, p in enumerate(paths)}
+    new = list(leaves)
+    for place, source in ties.items():
+        for path in (place, source):
+            if path not in position:
+                raise ValueError(f"ties names {path!r}, which is not in the tree. It has: {', '.join(paths)}")
+        if source in ties:
+            raise ValueError(
+                f"ties puts {source!r} at {place!r}, but {source!r} is itself replaced: name the last one"
+            )
+        old, weight = leaves[position[place]], leaves[position[source]]
+        if old.shape != weight.shape or old.dtype != weight.dtype:
+            raise ValueError(
+                f"ties puts {source!r} {weight.dtype}{list(weight.shape)} at {place!r} "
+                f"{old.dtype}{list(old.shape)}: they must have one shape and dtype"
+            )
+        new[position[place]] = weight
+    return jax.tree_util.tree_unflatten(treedef, new)
+
+
+def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) -> Any:
+    """Draws the weights of a tree anew, by rules on their paths.
+
+    Args:
+      params: any pytree.
+      key: a `jax.random` key; each weight draws from it, folded with the position of its leaf.
+      rules: {glob: initializer} of which the first that matches is taken; an initializer is
+        `(key, shape, dtype) -> array`, ours or JAX's. One that takes `axes` is given those that follow from
+        the tree (attention, stacks). Weights that no rule matches are kept.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: the rules are empty, a glob matches nothing, or an initializer returns another shape.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> params = {"dense": {"kernel": jnp.ones((300, 300)), "bias": jnp.ones(300)}}
+    >>> new = reinitialize(params, jax.random.key(0), {"**/kernel": jw.he_normal, "**/bias": jax.nn.initializers.zeros})
+    >>> print(new["dense"]["kernel"].std().round(2), new["dense"]["bias"].sum())
+    0.08 0.0
+    """
+    if not rules:
+        raise ValueError("rules is empty: give {glob: initializer}")
+    for glob, rule in rules.items():
+        if not callable(rule):
+            raise TypeError(
+                f"the rule {glob!r} must be an initializer (key, shape, dtype) -> array, got {rule!r}"
+            )
+    paths, leaves, treedef = flatten(params)
+    inferred = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
+    for i, initializer in select(paths, leaves, list(rules.items())).items():
+        old = leaves[i]
+        options = {"axes": inferred[paths[i]]} if paths[i] in inferred and _takes_axes(initializer) else {}
+        new = initializer(jax.random.fold_in(key, i), old.shape, old.dtype, **options)
+        if new.shape != old.shape:
+            raise ValueError(f"the initializer for {paths[i]!r} returned shape {new.shape}, not {old.shape}")
+        leaves[i] = new
+    return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def _takes_axes(initializer: Initializer) -> bool:
+    """Whether it has a parameter `axes` that is still open."""
+    parameter = inspect.signature(initializer).parameters.get("axes")
+    return parameter is not None and parameter.default is None

@@ -1,0 +1,193 @@
+"""The tree level: a transform on every selected weight of a parameter tree."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.axes import Axes, infer_axes
+from jaxweights.lifts.paths import Where, flatten, is_weight, select
+from jaxweights.transform import Chain, State, Transform, check_transform
+
+
+class TreeState(NamedTuple):
+    """The state of a lifted transform: {path: {name: array}}, apart by who moves it.
+
+    `learned` receives gradients and belongs to the optimizer; `fixed` is moved by `update`.
+    """
+
+    learned: dict[str, State]
+    fixed: dict[str, State]
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeTransform:
+    """A transform, or rules of them, lifted to trees by `on_tree`."""
+
+    rules: tuple[tuple[Where | None, Transform], ...]
+    where: Where | None = None
+
+    def init(self, params: Any, key: jax.Array) -> TreeState:
+        """The state for every selected weight. Each draws from `key` folded with a hash of its path."""
+        paths, leaves, _ = flatten(params)
+        chosen = self._chosen(paths, leaves)
+        keys = {i: jax.random.fold_in(key, zlib.crc32(paths[i].encode())) for i in chosen}
+        new = _by_shape(
+            {i: (t, (leaves[i], keys[i])) for i, t in chosen.items()}, paths, lambda t, w, k: t.init(w, k)
+        )
+        learned, fixed = {}, {}
+        for i, state in new.items():
+            names = chosen[i].learned
+            for part, entry in (
+                (learned, {n: a for n, a in state.items() if n in names}),
+                (fixed, {n: a for n, a in state.items() if n not in names}),
+            ):
+                if entry:
+                    part[paths[i]] = entry
+        return TreeState(learned, fixed)
+
+    def update(self, params: Any, state: TreeState, grads: Any = None) -> TreeState:
+        """The state for the next step; weights of one shape are updated in one batched computation."""
+        paths, leaves, _ = flatten(params)
+        chosen = {i: t for i, t in self._chosen(paths, leaves).items() if paths[i] in state.fixed}
+        by_path: dict[str, Any] = {}
+        if grads is not None:
+            grad_paths, grad_leaves, _ = flatten(grads)
+            by_path = dict(zip(grad_paths, grad_leaves, strict=True))
+        work = {
+            i: (t, (leaves[i], self._state(paths[i], state, t), by_path.get(paths[i])))
+            for i, t in chosen.items()
+        }
+        new = _by_shape(work, paths, lambda t, w, s, g: t.update(w, s, g))
+        fixed = dict(state.fixed)
+        for i, entry in new.items():
+            fixed[paths[i]] = {n: a for n, a in entry.items() if n not in chosen[i].learned}
+        return TreeState(state.learned, fixed)
+
+    def apply(self, params: Any, state: TreeState) -> Any:
+        """`params` with every selected weight transformed; differentiable in `params` and `state.learned`."""
+        paths, leaves, treedef = flatten(params)
+        for i, t in self._chosen(paths, leaves).items():
+            with _naming(t, paths[i]):
+                leaves[i] = t.apply(leaves[i], self._state(paths[i], state, t))
+        return jax.tree_util.tree_unflatten(treedef, leaves)
+
+    def selected(self, params: Any) -> dict[str, Transform]:
+        """The transform of each selected weight, by path: what `where` and the rules come to on this tree."""
+        paths, leaves, _ = flatten(params)
+        return {paths[i]: t for i, t in self._chosen(paths, leaves).items()}
+
+    def _chosen(self, paths: list[str], leaves: list[Any]) -> dict[int, Transform]:
+        chosen = select(paths, leaves, self.rules, self.where)
+        inferred = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
+        return {i: _with_axes(t, inferred.get(paths[i])) for i, t in sorted(chosen.items())}
+
+    def _state(self, path: str, state: TreeState, t: Transform) -> State:
+        """The state of one weight; the one place where gradients are stopped."""
+        fixed = {n: jax.lax.stop_gradient(a) for n, a in state.fixed.get(path, {}).items()}
+        return fixed | state.learned.get(path, {})
+
+
+def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None = None) -> TreeTransform:
+    """Lifts a transform from one weight to a tree of them.
+
+    Args:
+      transform: a transform, or rules {glob: transform} of which the first that matches a path is taken.
+      where: the weights to transform: a glob on paths ("**/kernel"), a list of globs, or a predicate
+        `(path, array) -> bool`. By default those with two or more axes; with rules, those the rules name.
+
+    Returns:
+      An object with `init(params, key)`, `update(params, state)` and `apply(params, state)`. All other leaves,
+      None leaves and anything that is no floating-point array pass through.
+
+    Raises:
+      TypeError: `transform` is no transform.
+      ValueError: (when used) a glob or `where` selects nothing; it lists the paths there are.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> params = {"dense": {"kernel": 3 * jnp.ones((2, 2)), "bias": 3 * jnp.ones(2)}}
+    >>> clip = on_tree(jw.ClipWeights(1.0))
+    >>> state = clip.init(params, jax.random.key(0))
+    >>> print(clip.apply(params, state))
+    {'dense': {'bias': Array([3., 3.], dtype=float32), 'kernel': Array([[1., 1.],
+           [1., 1.]], dtype=float32)}}
+    """
+    if isinstance(transform, Mapping):
+        if not transform:
+            raise ValueError("the rules are empty: give {glob: transform}, or one transform")
+        rules: list[tuple[Where | None, Transform]] = []
+        for glob, t in transform.items():
+            if not isinstance(glob, str):
+                raise TypeError(f"the rules must be {{glob: transform}}, got the key {glob!r}")
+            check_transform(f"the rule {glob!r}", t)
+            rules.append((glob, t))
+    else:
+        check_transform("on_tree", transform)
+        rules = [(None, transform)]
+    if where is not None and not callable(where) and not isinstance(where, str):
+        where = tuple(where)
+    return TreeTransform(tuple(rules), where)
+
+
+def _by_shape(work: dict[int, tuple[Transform, tuple]], paths: list[str], f) -> dict[int, State]:
+    """f(transform, *arguments) for every weight; those of one transform, shape and dtype under one vmap."""
+    groups: dict[Any, list[int]] = {}
+    for i, (t, arguments) in work.items():
+        signature = jax.tree.map(_signature, arguments)
+        leaves, treedef = jax.tree.flatten(signature, is_leaf=lambda s: isinstance(s, tuple) and len(s) == 3)
+        groups.setdefault((id(t) if _unhashable(t) else t, treedef, tuple(map(str, leaves))), []).append(i)
+    out: dict[int, State] = {}
+    for members in groups.values():
+        t = work[members[0]][0]
+        with _naming(t, paths[members[0]]):
+            if len(members) == 1:
+                out[members[0]] = f(t, *work[members[0]][1])
+                continue
+            stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(work[i][1] for i in members))
+            result = jax.vmap(lambda *arguments, t=t: f(t, *arguments))(*stacked)
+            for position, i in enumerate(members):
+                out[i] = {n: a[position] for n, a in result.items()}
+    return out
+
+
+def _signature(x: jax.Array) -> tuple:
+    # Weights that are sharded differently are not stacked: that would move them between devices.
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    return (x.shape, x.dtype, sharding)
+
+
+def _unhashable(t: Transform) -> bool:
+    try:
+        hash(t)
+    except TypeError:  # a field is an array, as under optax.inject_hyperparams
+        return True
+    return False
+
+
+def _with_axes(t: Transform, axes: Axes | None) -> Transform:
+    """`t` with the axes that follow from the tree, where it has axes and the user gave none."""
+    if axes is None:
+        return t
+    if isinstance(t, Chain):
+        return Chain(*(_with_axes(member, axes) for member in t.transforms))
+    if any(f.name == "axes" for f in dataclasses.fields(t)) and t.axes is None:  # type: ignore[attr-defined]
+        return dataclasses.replace(t, axes=axes)  # type: ignore[call-arg]
+    return t
+
+
+@contextlib.contextmanager
+def _naming(t: Transform, path: str):
+    """Adds the transform and the path to the errors of bad input."""
+    try:
+        yield
+    except (TypeError, ValueError) as e:
+        if type(e) not in (TypeError, ValueError):
+            raise
+        raise type(e)(f"{type(t).__name__} at {path!r}: {e}") from e

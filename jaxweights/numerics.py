@@ -1,0 +1,168 @@
+"""Numerics that more than one technique stands on: safe norms, straight-through, moments, exact selection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def wide(dtype) -> jnp.dtype:
+    """The dtype to accumulate in: `dtype`, or float32 where that is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def safe_norm(x: jax.Array, axis: Sequence[int], *, keepdims: bool = False) -> jax.Array:
+    """Euclidean norm that neither overflows nor underflows, in float32 or wider.
+
+    ‖x‖ = m·√Σ(x/m)², m = max|x|. At x = 0 (and below the smallest normal number) the value is 0 and so is
+    the gradient. NaN gives NaN; an infinite entry gives NaN.
+    """
+    x = x.astype(wide(x.dtype))
+    axis = tuple(axis)
+    if math.prod(x.shape[a] for a in axis) == 0:
+        return jnp.sum(x, axis, keepdims=keepdims)
+    m = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
+    zero = m < jnp.finfo(x.dtype).tiny
+    m = jnp.where(zero, 1, m)
+    square = jnp.sum(jnp.square(jnp.where(zero, 0, x) / m), axis, keepdims=True)
+    norm = jnp.where(zero, 0, m * jnp.sqrt(jnp.where(zero, 1, square)))
+    return norm if keepdims else jnp.squeeze(norm, axis)
+
+
+def safe_divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x / y, and x where y is 0, with finite gradients for both."""
+    return x / jnp.where(y == 0, 1, y)
+
+
+@jax.custom_jvp
+def straight_through(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`y`, with the gradient of `x`: the straight-through estimator.
+
+    Unlike x + stop_gradient(y - x) the value is `y` bit for bit.
+    """
+    return y
+
+
+@straight_through.defjvp
+def _(primals, tangents):
+    return primals[1], tangents[0].astype(primals[1].dtype)
+
+
+def moments(
+    x: jax.Array, axis: Sequence[int], *, where: jax.Array | None = None, axis_name=None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean, biased variance and count over `axis`, in float32 or wider, in two passes.
+
+    μ = Σx/n, σ² = Σ(x − μ)²/n over the entries where `where` is true. Reduced axes are kept with size 1. With
+    `axis_name` the moments of all devices are merged by their counts (Welford; Chan et al. 1983):
+    n = Σnᵢ, μ = Σnᵢμᵢ/n, σ² = Σnᵢ(σᵢ² + (μᵢ − μ)²)/n. With no entries at all the count and both moments are 0.
+    """
+    x = x.astype(wide(x.dtype))
+    axis = tuple(axis)
+    if where is None:
+        size = math.prod(x.shape[a] for a in axis)
+        count = jnp.full([1 if a in axis else s for a, s in enumerate(x.shape)], size, x.dtype)
+        total = lambda y: jnp.sum(y, axis, keepdims=True)
+    else:
+        where = jnp.broadcast_to(where, x.shape)
+        count = jnp.sum(where, axis, keepdims=True, dtype=jnp.int32).astype(x.dtype)
+        total = lambda y: jnp.sum(jnp.where(where, y, 0), axis, keepdims=True)
+    n = jnp.maximum(count, 1)
+    mean = total(x) / n
+    var = total(jnp.square(x - mean)) / n
+    if axis_name is not None:
+        count_all = jax.lax.psum(count, axis_name)
+        n = jnp.maximum(count_all, 1)
+        mean_all = jax.lax.psum(count * mean, axis_name) / n
+        var = jax.lax.psum(count * (var + jnp.square(mean - mean_all)), axis_name) / n
+        mean, count = mean_all, count_all
+    return mean, var, count
+
+
+def round_half_up(fraction: float | jax.Array, n: int) -> int | jax.Array:
+    """round(fraction·n) without passing a count through a float: exact for n up to 2³¹ − 1.
+
+    A Python `fraction` gives a Python integer. A traced float32 is read as a multiple of 2⁻²⁴ and multiplied
+    in 12-bit limbs, because float32 counts are wrong above 2²⁴.
+    """
+    if isinstance(fraction, int | float):
+        return math.floor(fraction * n + 0.5)
+    if n >= 2**31:
+        raise ValueError(f"a traced fraction of {n} entries does not fit 32-bit counts: pass a Python float")
+    a = jnp.round(jnp.asarray(fraction, jnp.float32) * 2**24).astype(jnp.int32)
+    whole, rest = divmod(n, 2**24)
+    a1, a0 = a >> 12, a & 0xFFF
+    r1, r0 = rest >> 12, rest & 0xFFF
+    # a·rest + 2²³ (the half to round up), divided by 2²⁴, in limbs that stay below 2³¹.
+    low = a0 * r0
+    middle = a1 * r0 + a0 * r1 + (low >> 12) + 2**11
+    return a * whole + a1 * r1 + (middle >> 12)
+
+
+def smallest_mask(x: jax.Array, k: int | jax.Array) -> jax.Array:
+    """True at the `k` entries of smallest magnitude; equal magnitudes are taken in order of the flat index.
+
+    The same set as `jnp.argsort(jnp.abs(x).ravel(), stable=True)[:k]`, found without a sort: |x| read as an
+    integer is monotone, so the k-th magnitude is found bit by bit, each bit one count over `x`, and the ties
+    at it are cut at a flat index found the same way. Only counts cross devices, never weights. NaN sorts above
+    infinity. For up to 2³¹ − 1 entries.
+    """
+    if x.size >= 2**31:
+        raise ValueError(f"an array of {x.size} entries does not fit 32-bit counts: split it")
+    bits = jnp.finfo(x.dtype).bits
+    word = {16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[bits]
+    rank = jax.lax.bitcast_convert_type(x, word) & word(2 ** (bits - 1) - 1)
+    k = jnp.asarray(k, jnp.int32)
+
+    def bisect(values, n_bits, dtype, target, among):
+        """The largest t of n_bits bits with fewer than or exactly `target` values below it."""
+
+        def step(i, t):
+            candidate = t | (dtype(1) << (n_bits - 1 - i).astype(dtype))
+            below = jnp.sum(among & (values < candidate), dtype=jnp.int32)
+            return jnp.where(below <= target, candidate, t)
+
+        return jax.lax.fori_loop(0, n_bits, step, dtype(0))
+
+    # With k = size every candidate would do: the all-ones threshold is then right, nothing lies above it.
+    threshold = bisect(rank, bits - 1, word, k, True)
+    below = rank < threshold
+    tied = rank == threshold
+    index = _flat_index(x.shape)
+    needed = k - jnp.sum(below, dtype=jnp.int32)
+    cut = bisect(index, max(1, x.size.bit_length()), jnp.int32, needed, tied)
+    return below | (tied & (index < cut))
+
+
+def exact_delta(p: jax.Array, target: jax.Array) -> jax.Array:
+    """d such that p + d, rounded to p's dtype, is `target` or its neighbour towards zero.
+
+    target − p alone misses `target` in f32 and, if rounded to bf16, overshoots by a whole ulp. Here d is kept
+    in float32 or wider and, where the sum would still land beyond `target`, moved one step towards zero; the
+    rounding to p's dtype that follows is monotone, so it cannot cross `target` again. A target of 0 is hit
+    exactly. So zeros stay zeros and |p + d| <= |target| bit for bit.
+    """
+    dtype = wide(p.dtype)
+    wide_p, goal = p.astype(dtype), target.astype(dtype)
+    d = goal - wide_p
+    for _ in range(2):
+        excess = (wide_p + d) - goal
+        beyond = jnp.where(goal > 0, excess > 0, excess < 0)
+        moved = d - excess
+        moved = jnp.where(
+            moved == d, jnp.nextafter(d, jnp.where(goal > 0, -jnp.inf, jnp.inf).astype(dtype)), moved
+        )
+        d = jnp.where(beyond, moved, d)
+    return jnp.where(goal == 0, -wide_p, d)
+
+
+def _flat_index(shape: Sequence[int]) -> jax.Array:
+    index = jnp.zeros(shape, jnp.int32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        index += stride * jax.lax.broadcasted_iota(jnp.int32, tuple(shape), axis)
+        stride *= shape[axis]
+    return index

@@ -1,0 +1,170 @@
+"""Layer normalization and its relatives: activations standardised within each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.numerics import moments, wide
+from jaxweights.techniques.batch_norm import standardize
+from jaxweights.transform import check_integer, check_scalar, check_weight
+
+
+def layer_norm(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    eps: float = 1e-6,
+) -> jax.Array:
+    """Standardises each sample over its features.
+
+    y = (x − μ)/√(σ² + ε)·scale + bias, μ and biased σ² over `axis`, in two passes.
+
+    Args:
+      x: float array of any shape of at least one axis.
+      scale: shape of the normalised axes; 1 by default.
+      bias: shape of the normalised axes; 0 by default.
+      axis: axis or axes to normalise over.
+      eps: ε >= 0.
+
+    Returns:
+      Array of the shape and dtype of `x`, computed in float32 or wider.
+
+    Raises:
+      TypeError: `x`, `scale` or `bias` is not a float array.
+      ValueError: `axis` or a shape does not fit, or `eps` is negative or NaN.
+
+    >>> import jax.numpy as jnp
+    >>> print(layer_norm(jnp.array([[1.0, 3.0], [5.0, 5.0]]), eps=0.5).round(2))
+    [[-0.82  0.82]
+     [ 0.    0.  ]]
+
+    References: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450, 2016.
+    """
+    x = check_weight(x, "x")
+    over = _check_axis(axis, x.shape)
+    scale, bias = _per_feature("scale", scale, x.shape, over), _per_feature("bias", bias, x.shape, over)
+    check_scalar("eps", eps, 0)
+    mean, var, _ = moments(x, over)
+    return standardize(x, mean, var, scale, bias, eps)
+
+
+def rms_norm(
+    x: jax.Array, scale: jax.Array | None = None, *, axis: int | Sequence[int] = -1, eps: float = 1e-6
+) -> jax.Array:
+    """Divides each sample by its root mean square.
+
+    y = x/√(mean(x²) + ε)·scale. Arguments, result and errors as `layer_norm`.
+
+    >>> import jax.numpy as jnp
+    >>> print(rms_norm(jnp.array([1.0, 7.0]), eps=0.0))
+    [0.2 1.4]
+
+    References: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467, 2019.
+    """
+    x = check_weight(x, "x")
+    over = _check_axis(axis, x.shape)
+    scale = _per_feature("scale", scale, x.shape, over)
+    check_scalar("eps", eps, 0)
+    square = jnp.mean(jnp.square(x.astype(wide(x.dtype))), over, keepdims=True)
+    return standardize(x, jnp.zeros_like(square), square, scale, None, eps)
+
+
+def group_norm(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    n_groups: int,
+    eps: float = 1e-6,
+) -> jax.Array:
+    """Standardises each sample over the positions and features of each group of features.
+
+    The last axis is split in `n_groups` equal runs; μ and σ² are over all axes but the first (the batch), per run.
+
+    Args:
+      x: float array, shape (batch, ..., features).
+      scale: shape (features,); 1 by default.
+      bias: shape (features,); 0 by default.
+      n_groups: number of groups, a divisor of the features.
+      eps: ε >= 0.
+
+    Returns:
+      Array of the shape and dtype of `x`.
+
+    Raises:
+      TypeError: `x`, `scale` or `bias` is not a float array, or `n_groups` not an integer.
+      ValueError: `n_groups` does not divide the features, a shape does not fit, or `eps` is negative or NaN.
+
+    >>> import jax.numpy as jnp
+    >>> print(group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), n_groups=2, eps=0.0))
+    [[-1.  1. -1.  1.]]
+
+    References: Wu and He, Group Normalization, arXiv:1803.08494, 2018.
+    """
+    x = check_weight(x, "x")
+    check_integer("n_groups", n_groups, 1)
+    check_scalar("eps", eps, 0)
+    if x.ndim < 2:
+        raise ValueError(
+            f"x must have shape (batch, ..., features), got {x.shape}: add a batch axis with x[None]"
+        )
+    if x.shape[-1] % n_groups:
+        raise ValueError(f"n_groups={n_groups} does not divide the {x.shape[-1]} features of x {x.shape}")
+    features = (x.ndim - 1,)
+    scale, bias = (
+        _per_feature("scale", scale, x.shape, features),
+        _per_feature("bias", bias, x.shape, features),
+    )
+    grouped = x.reshape(*x.shape[:-1], n_groups, -1)
+    mean, var, _ = moments(grouped, (*range(1, x.ndim - 1), x.ndim))
+    split = lambda a: None if a is None else a.reshape(n_groups, -1)
+    return standardize(grouped, mean, var, split(scale), split(bias), eps).reshape(x.shape)
+
+
+def instance_norm(
+    x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None, *, eps: float = 1e-6
+) -> jax.Array:
+    """Standardises each feature of each sample over its positions: `group_norm` with one feature a group.
+
+    >>> import jax.numpy as jnp
+    >>> print(instance_norm(jnp.array([[[1.0], [3.0]]]), eps=0.0).ravel())
+    [-1.  1.]
+
+    References: Ulyanov, Vedaldi and Lempitsky, Instance Normalization: The Missing Ingredient for Fast
+    Stylization, arXiv:1607.08022, 2016.
+    """
+    x = check_weight(x, "x")
+    if x.ndim < 3:
+        raise ValueError(
+            f"x must have shape (batch, *positions, features), got {x.shape}: it has no positions"
+        )
+    return group_norm(x, scale, bias, n_groups=max(1, x.shape[-1]), eps=eps)
+
+
+def _check_axis(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    ndim = len(shape)
+    if not axes or any(isinstance(a, bool) or not isinstance(a, int) or not -ndim <= a < ndim for a in axes):
+        raise ValueError(f"axis must name axes of x {shape} from {-ndim} to {ndim - 1}, got {axis!r}")
+    resolved = tuple(sorted(a % ndim for a in axes))
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"axis names an axis of x {shape} twice: {axis!r}")
+    return resolved
+
+
+def _per_feature(name: str, value, shape: tuple[int, ...], over: Sequence[int]) -> jax.Array | None:
+    """`value` of the shape of the axes `over`, with axes of size 1 for the others."""
+    if value is None:
+        return None
+    value = check_weight(value, name)
+    expected = tuple(shape[a] for a in over)
+    if value.shape != expected:
+        raise ValueError(
+            f"{name} must have shape {expected}, that of the normalised axes of x, got {value.shape}"
+        )
+    return value.reshape([s if a in over else 1 for a, s in enumerate(shape)])

@@ -1,0 +1,79 @@
+"""Fake quantization: weights rounded to a grid and kept in their dtype, for training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.axes import Axes, Reading, default_axes
+from jaxweights.numerics import straight_through, wide
+from jaxweights.transform import Transform, check_integer, check_weight
+
+_MAX_BITS = 16  # above, 2^bits - 1 levels times a float32 range are not told apart
+
+
+def fake_quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> jax.Array:
+    """Rounds a weight to 2^bits evenly spaced values between its minimum and maximum.
+
+    w_q = round((w − w_min)/(w_max − w_min)·(2^b − 1))·(w_max − w_min)/(2^b − 1) + w_min, rounded half to even.
+    The gradient is passed straight through: ∂w_q/∂w = 1.
+
+    Args:
+      w: float array of any shape.
+      bits: b, from 1 to 16.
+      axes: with axes, one range per output unit; without, one for the whole tensor.
+
+    Returns:
+      Array of the shape and dtype of `w`, computed in float32 or wider. A constant range comes back unchanged.
+      NaN or infinity anywhere in a range makes it NaN.
+
+    Raises:
+      TypeError: `w` is not a float array, or `bits` not an integer.
+      ValueError: `bits` is out of range, or `axes` does not fit `w`.
+
+    >>> import jax.numpy as jnp
+    >>> print(fake_quantize(jnp.array([0.0, 0.2, 0.6, 1.0]), 1))
+    [0. 0. 1. 1.]
+
+    References: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference, arXiv:1712.05877, 2017; Bengio, Léonard and Courville, Estimating or Propagating Gradients Through
+    Stochastic Neurons for Conditional Computation, arXiv:1308.3432, 2013.
+    """
+    w = check_weight(w)
+    check_integer("bits", bits, 1, _MAX_BITS)
+    over = tuple(range(w.ndim)) if axes is None else Reading.of(axes, w.shape).contracted
+    if w.size == 0:
+        return w
+    x = jax.lax.stop_gradient(w.astype(wide(w.dtype)))
+    levels = 2**bits - 1
+    low, high = jnp.min(x, over, keepdims=True), jnp.max(x, over, keepdims=True)
+    step = high / levels - low / levels  # not (high − low)/levels: the range itself may overflow
+    code = jnp.round((x / levels - low / levels) / jnp.where(step == 0, 1, step) * levels)
+    rounded = jnp.where(code == levels, high, code * step + low)  # the top of the range exactly
+    return straight_through(w, jnp.where(high == low, x, rounded).astype(w.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeQuantize(Transform):
+    """Quantization-aware training: weights on a grid of 2^bits values, gradients straight through.
+
+    State: none; the range is that of the weights at hand.
+
+    >>> import jax.numpy as jnp
+    >>> print(FakeQuantize(1).apply(jnp.array([0.0, 0.2, 0.6, 1.0]), {}))
+    [0. 0. 1. 1.]
+    """
+
+    bits: int
+    per_unit: bool = False
+    axes: Axes | None = None
+
+    def __post_init__(self):
+        check_integer("bits", self.bits, 1, _MAX_BITS)
+
+    def apply(self, w, state):
+        """`fake_quantize(w, bits)`, per output unit if `per_unit`."""
+        axes = (self.axes or default_axes(jnp.ndim(w))) if self.per_unit else None
+        return fake_quantize(w, self.bits, axes=axes)

@@ -1,0 +1,136 @@
+"""Stored quantization: integer codes and scales in place of the weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.axes import Axes, Reading
+from jaxweights.numerics import safe_divide, wide
+from jaxweights.transform import check_integer, check_weight
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype", "axes"]
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """A weight stored as w ≈ codes·scale. A pytree node: it goes through jit, vmap and checkpoints.
+
+    Attributes:
+      codes: int8 array of the shape of the weight.
+      scale: float32 array that broadcasts to it, one per output unit (and block).
+      dtype: dtype of the weight it stands for.
+      axes: how it is read as a matrix.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    dtype: jnp.dtype
+    axes: Axes | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scale.nbytes
+
+
+def quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> QuantizedArray:
+    """Stores a weight as signed integers with one scale per output unit.
+
+    codes = round(w/s), s = max|w|/(2^(b−1) − 1) over all that one output unit sums over (absmax, symmetric,
+    rounded half to even), so that |w − codes·s| <= s/2.
+
+    Args:
+      w: float array of any shape.
+      bits: b, from 2 to 8. Codes are int8 for every b.
+      axes: how `w` is read as a matrix; (..., in, out) by default.
+
+    Returns:
+      A `QuantizedArray`. A unit of zeros has scale 0. Weights must be finite.
+
+    Raises:
+      TypeError: `w` is not a float array, or `bits` not an integer.
+      ValueError: `bits` is out of range, or `axes` does not fit `w`.
+
+    >>> import jax.numpy as jnp
+    >>> q = quantize(jnp.array([[1.27, -0.5], [0.64, 0.25]]), 8)
+    >>> print(q.codes, q.nbytes)
+    [[ 127 -127]
+     [  64   64]] 12
+
+    References: Jacob et al., arXiv:1712.05877, 2017; Nagel et al., A White Paper on Neural Network Quantization,
+    arXiv:2106.08295, 2021.
+    """
+    w = check_weight(w)
+    check_integer("bits", bits, 2, 8)
+    x = w.astype(wide(w.dtype))
+    largest = 2 ** (bits - 1) - 1
+    peak = jnp.max(jnp.abs(x), Reading.of(axes, w.shape).contracted, keepdims=True, initial=0)
+    scale = peak / largest
+    codes = jnp.clip(jnp.round(safe_divide(x, scale)), -largest, largest).astype(jnp.int8)
+    return QuantizedArray(codes, scale.astype(jnp.float32), w.dtype, axes)
+
+
+def dequantize(q: QuantizedArray) -> jax.Array:
+    """The weight that a `QuantizedArray` stands for: codes·scale, in the dtype it was made from.
+
+    >>> import jax.numpy as jnp
+    >>> print(dequantize(quantize(jnp.array([2.0, -1.0, 0.0]), 2)))
+    [2. 0. 0.]
+    """
+    _check_quantized(q)
+    return (q.codes.astype(q.scale.dtype) * q.scale).astype(q.dtype)
+
+
+def matmul(x: jax.Array, q: QuantizedArray) -> jax.Array:
+    """x @ w for a quantized w, the scale applied after the product.
+
+    y = (x · codes)·scale, over the input axes of `q`, in float32 or wider.
+
+    Args:
+      x: float array, shape (..., *input) with the input axes of `q` last.
+      q: a `QuantizedArray` without batch axes.
+
+    Returns:
+      Array of shape (..., *output) and the dtype of `x`.
+
+    Raises:
+      TypeError: `x` is not a float array or `q` not a `QuantizedArray`.
+      ValueError: the shapes do not fit.
+
+    >>> import jax.numpy as jnp
+    >>> print(matmul(jnp.array([1.0, 1.0]), quantize(jnp.array([[2.0, 0.0], [1.0, 3.0]]), 8)).round(1))
+    [3. 3.]
+    """
+    x = check_weight(x, "x")
+    _check_quantized(q)
+    r = Reading.of(q.axes, q.shape)
+    if r.batch or r.groups > 1:
+        raise ValueError(f"q has batch axes {r.batch} or groups: multiply with jax.vmap over them")
+    inputs = tuple(q.shape[a] for a in r.contracted)
+    if x.shape[x.ndim - len(inputs) :] != inputs:
+        raise ValueError(f"x must end in the input axes {inputs} of q, got shape {x.shape}")
+    lead = tuple(range(x.ndim - len(inputs), x.ndim))
+    dtype = wide(x.dtype)
+    y = jax.lax.dot_general(
+        x.astype(dtype), q.codes.astype(dtype), ((lead, r.contracted), ((), ())), precision="highest"
+    )
+    scale = jnp.squeeze(q.scale, r.contracted)
+    return (y * scale.astype(dtype)).astype(x.dtype)
+
+
+def _check_quantized(q) -> None:
+    if not isinstance(q, QuantizedArray):
+        raise TypeError(
+            f"q must be a QuantizedArray, got {type(q).__name__}: make one with quantize(w, bits)"
+        )

@@ -1,0 +1,197 @@
+"""Spectral normalization: a weight divided by its largest singular value."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import string
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.axes import Axes, Reading, default_axes
+from jaxweights.numerics import safe_divide, safe_norm, wide
+from jaxweights.transform import Transform, check_integer, check_weight
+
+_INITIAL_STEPS = 15
+
+
+def spectral_norm(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
+    """The largest singular value of a weight, exactly (by SVD).
+
+    σ(W) = max ‖xᵀW‖₂ over ‖x‖₂ = 1, W the matrix that `axes` reads from `w`.
+
+    Args:
+      w: float array of any shape.
+      axes: how `w` is read as a matrix; (..., in, out) by default.
+
+    Returns:
+      σ in float32 or wider, shape (*batch, [groups]); () for one matrix. The gradient is u·vᵀ, of the leading
+      singular vectors. σ of a zero or empty matrix is 0.
+
+    Raises:
+      TypeError: `w` is not a float array.
+      ValueError: `axes` does not fit `w`.
+
+    >>> import jax.numpy as jnp
+    >>> print(spectral_norm(jnp.diag(jnp.array([1.0, -3.0, 2.0]))))
+    3.0
+    """
+    w = check_weight(w)
+    matrix = (axes or default_axes(w.ndim)).matrix(w.astype(wide(w.dtype)))
+    if 0 in matrix.shape:
+        return jnp.zeros(matrix.shape[:-2], matrix.dtype)
+    # Scaled to 1 first, so that neither tiny nor huge weights leave the range of the SVD.
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True))
+    scaled = safe_divide(jax.lax.stop_gradient(matrix), size)
+    u, _, vt = jnp.linalg.svd(scaled, full_matrices=False)
+    return jnp.einsum("...i,...ij,...j->...", u[..., :, 0], matrix, vt[..., 0, :], precision="highest")
+
+
+def spectral_normalize(
+    w: jax.Array, sigma: jax.Array | None = None, *, axes: Axes | None = None
+) -> jax.Array:
+    """Divides a weight by its largest singular value.
+
+    w' = w / σ(W). The gradient flows through σ where it is computed here.
+
+    Args:
+      w: float array of any shape.
+      sigma: σ if known, shape (*batch, [groups]) or a scalar; `spectral_norm(w, axes=axes)` by default.
+      axes: how `w` is read as a matrix; (..., in, out) by default.
+
+    Returns:
+      Array of the shape and dtype of `w`. Where σ is 0, `w` itself.
+
+    Raises:
+      TypeError: `w` is not a float array.
+      ValueError: `axes` does not fit `w`, or `sigma` has another shape.
+
+    >>> import jax.numpy as jnp
+    >>> print(spectral_normalize(jnp.diag(jnp.array([1.0, 4.0]))))
+    [[0.25 0.  ]
+     [0.   1.  ]]
+
+    References: Miyato, Kataoka, Koyama and Yoshida, Spectral Normalization for Generative Adversarial Networks,
+    arXiv:1802.05957, 2018.
+    """
+    w = check_weight(w)
+    r = Reading.of(axes, w.shape)
+    sigma = spectral_norm(w, axes=axes) if sigma is None else check_weight(sigma, "sigma")
+    view, gr = r.split_groups(w)
+    batch = tuple(view.shape[a] for a in gr.batch)
+    if sigma.shape not in ((), batch):
+        raise ValueError(
+            f"sigma must have shape {batch} (one per matrix of w {w.shape}) or (), got {sigma.shape}"
+        )
+    if sigma.shape:
+        sigma = jnp.expand_dims(
+            jnp.transpose(sigma, sorted(range(len(gr.batch)), key=lambda i: gr.batch[i])),
+            tuple(a for a in range(view.ndim) if a not in gr.batch),
+        )
+    dtype = wide(w.dtype)
+    return safe_divide(view.astype(dtype), sigma.astype(dtype)).astype(w.dtype).reshape(w.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralNorm(Transform):
+    """Spectral normalization by power iteration: w' = w / σ̂, σ̂ = uᵀWv.
+
+    Each update makes `n_steps` steps v ← Wᵀu/‖Wᵀu‖, u ← Wv/‖Wv‖; the gradient flows through σ̂ with u and v
+    held fixed, which is the gradient of σ at a fixed point. A zero weight stays zero and u, v are kept, so the
+    iteration goes on when the weight becomes non-zero.
+
+    State: `u`, shape (*batch, *rows), and `v`, shape (*batch, *columns) with the groups first, float32 or
+    wider: they start after 15 steps from a random vector.
+
+    >>> import jax, jax.numpy as jnp
+    >>> w, t = jnp.diag(jnp.array([1.0, 4.0])), SpectralNorm()
+    >>> print(t.apply(w, t.init(w, jax.random.key(0))).round(4))
+    [[0.25 0.  ]
+     [0.   1.  ]]
+
+    References: Miyato et al., arXiv:1802.05957, 2018.
+    """
+
+    n_steps: int = 1
+    axes: Axes | None = None
+
+    def __post_init__(self):
+        check_integer("n_steps", self.n_steps, 1)
+
+    def init(self, w, key):
+        """Random singular vectors, brought close by a few steps."""
+        product = _Product.of(check_weight(w), self.axes)
+        u = jax.random.normal(key, product.row_shape, product.dtype)
+        v = jax.random.normal(jax.random.fold_in(key, 1), product.column_shape, product.dtype)
+        state = {"u": product.unit(u), "v": product.unit(v)}
+        return jax.lax.fori_loop(0, _INITIAL_STEPS, lambda _, s: product.step(s), state)
+
+    def update(self, w, state, grad=None):
+        """`n_steps` steps of power iteration."""
+        product = _Product.of(check_weight(w), self.axes)
+        return jax.lax.fori_loop(0, self.n_steps, lambda _, s: product.step(s), state)
+
+    def apply(self, w, state):
+        """w / uᵀWv."""
+        product = _Product.of(check_weight(w), self.axes)
+        return spectral_normalize(w, product.sigma(state["u"], state["v"]), axes=self.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """Products of a weight with row and column vectors, without a reshape: shardings stay as they are."""
+
+    w: jax.Array
+    size: jax.Array
+    letters: tuple[str, str, str]  # of w, of a row vector, of a column vector
+    row_shape: tuple[int, ...]
+    column_shape: tuple[int, ...]
+    n_batch: int
+
+    @classmethod
+    def of(cls, w: jax.Array, axes: Axes | None) -> _Product:
+        view, r = Reading.of(axes, w.shape).split_groups(w.astype(wide(w.dtype)))
+        names = string.ascii_letters[: view.ndim]
+        pick = lambda which: "".join(names[a] for a in which)
+        shape = lambda which: tuple(view.shape[a] for a in which)
+        # Scaled to magnitude 1, so that no product overflows; σ is scaled back.
+        rest = r.contracted + r.output
+        size = jnp.max(jnp.abs(view), rest, keepdims=True, initial=0)
+        return cls(
+            safe_divide(view, jax.lax.stop_gradient(size)),
+            jnp.transpose(jnp.squeeze(size, rest), sorted(range(len(r.batch)), key=lambda i: r.batch[i])),
+            (names, pick(r.batch + r.contracted), pick(r.batch + r.output)),
+            shape(r.batch + r.contracted),
+            shape(r.batch + r.output),
+            len(r.batch),
+        )
+
+    @property
+    def dtype(self):
+        return self.w.dtype
+
+    def unit(self, x: jax.Array, fallback: jax.Array | None = None) -> jax.Array:
+        """x / ‖x‖; where x is zero, the fallback (or the first basis vector)."""
+        axis = tuple(range(self.n_batch, x.ndim))
+        norm = safe_norm(x, axis, keepdims=True)
+        if fallback is None:
+            fallback = jnp.full(x.shape, 1 / math.sqrt(max(1, math.prod(x.shape[self.n_batch :]))), x.dtype)
+        return jnp.where(norm == 0, fallback, safe_divide(x, norm))
+
+    def contract(self, *operands: tuple[str, jax.Array], out: str) -> jax.Array:
+        spec = ",".join(s for s, _ in operands) + "->" + out
+        return jnp.einsum(spec, *(a for _, a in operands), precision="highest")
+
+    def step(self, state):
+        full, rows, columns = self.letters
+        v = self.unit(self.contract((full, self.w), (rows, state["u"]), out=columns), state["v"])
+        u = self.unit(self.contract((full, self.w), (columns, v), out=rows), state["u"])
+        return {"u": u, "v": v}
+
+    def sigma(self, u, v) -> jax.Array:
+        full, rows, columns = self.letters
+        wv = self.contract((full, self.w), (columns, v), out=rows)
+        return self.contract((rows, wv), (rows, u), out=rows[: self.n_batch]) * jax.lax.stop_gradient(
+            self.size
+        )

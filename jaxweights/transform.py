@@ -1,0 +1,180 @@
+"""The protocol: a transform is a specification with three functions of one weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+State = dict[str, jax.Array]
+Scalar = float | jax.Array | Callable[[jax.Array], Any]
+"""A number, a scalar array (traced or not), or an optax schedule: step -> number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A map `w -> w'` of weights of one shape, with optional state.
+
+    A subclass is a frozen dataclass whose fields say what to do and whose `apply` does it. Two specs with
+    equal fields are equal and hash alike, so passing a new one to a jitted function does not retrace.
+
+    - `init(w, key)` makes the state: a flat dict of arrays, empty by default.
+    - `update(w, state, grad)` moves it between steps. It is never differentiated.
+    - `apply(w, state)` is the transformed weight: shape and dtype of `w`, differentiable in `w` and in the
+      entries of the state that are named in `learned`.
+
+    Training is `update`, then `apply`; evaluation is `apply` alone.
+
+    A field that holds a callable is a schedule: a function of the step. Its current value lives in the state
+    under the field's name, set by `update` (the first of which is step 0) and read through `value`.
+    """
+
+    learned: ClassVar[frozenset[str]] = frozenset()
+
+    def init(self, w: jax.Array, key: jax.Array) -> State:
+        """The state for the weight `w`; `key` is a `jax.random` key for those that draw."""
+        names = self._schedules()
+        return {n: _evaluate(getattr(self, n), 0) for n in names} | (
+            {"step": jnp.zeros((), jnp.int32)} if names else {}
+        )
+
+    def update(self, w: jax.Array, state: State, grad: jax.Array | None = None) -> State:
+        """The state for the next step."""
+        names = self._schedules()
+        if not names:
+            return state
+        step = state["step"]
+        return {**state, **{n: _evaluate(getattr(self, n), step) for n in names}, "step": step + 1}
+
+    def apply(self, w: jax.Array, state: State) -> jax.Array:
+        """The transformed weight."""
+        raise TypeError(f"{type(self).__name__} defines no apply: a transform is at least apply(w, state)")
+
+    def value(self, name: str, state: State) -> Any:
+        """The field `name`, or, where it is a schedule, its value at the last update."""
+        return state[name] if name in state else getattr(self, name)
+
+    def _schedules(self) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(self) if callable(getattr(self, f.name)))
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Chain(Transform):
+    """Transforms one after the other: `Chain(f, g)` is g(f(w)).
+
+    The state of the i-th is kept under names that start with "i.".
+
+    >>> import jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> chain = Chain(jw.ClipWeights(1.0), jw.Sparsify(0.5))
+    >>> print(chain.apply(jnp.array([-3.0, 0.2, 0.7]), {}))
+    [-1.   0.   0.7]
+    """
+
+    transforms: tuple[Transform, ...]
+
+    def __init__(self, *transforms: Transform):
+        if not transforms:
+            raise ValueError("Chain needs at least one transform: Chain(t1, t2, ...)")
+        for t in transforms:
+            check_transform("Chain", t)
+        object.__setattr__(self, "transforms", transforms)
+        learned = frozenset(f"{i}.{n}" for i, t in enumerate(transforms) for n in t.learned)
+        object.__setattr__(self, "learned", learned)
+
+    def init(self, w, key):
+        """The states of all, each made for the weight as the ones before it leave it."""
+        state: State = {}
+        for i, t in enumerate(self.transforms):
+            part = t.init(w, jax.random.fold_in(key, i))
+            w = t.apply(w, part)
+            state |= {f"{i}.{n}": a for n, a in part.items()}
+        return state
+
+    def update(self, w, state, grad=None):
+        """Updates each on the weight as the ones before it leave it."""
+        new: State = {}
+        for i, t in enumerate(self.transforms):
+            part = t.update(w, self._part(i, state), grad)
+            w = t.apply(w, part)
+            new |= {f"{i}.{n}": a for n, a in part.items()}
+        return new
+
+    def apply(self, w, state):
+        """Applies each in turn."""
+        for i, t in enumerate(self.transforms):
+            w = t.apply(w, self._part(i, state))
+        return w
+
+    def _part(self, i: int, state: State) -> State:
+        prefix = f"{i}."
+        return {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
+
+
+def check_transform(where: str, t) -> None:
+    """Raises unless `t` is a transform instance."""
+    if isinstance(t, type) and issubclass(t, Transform):
+        raise TypeError(f"{where} got the class {t.__name__}: make an instance, {t.__name__}(...)")
+    if not isinstance(t, Transform):
+        raise TypeError(f"{where} needs a jaxweights.Transform, got {type(t).__name__}: {t!r}")
+
+
+def check_weight(w, name: str = "w") -> jax.Array:
+    """`w` as a JAX array, or an error unless it is an array of a real floating dtype."""
+    if not isinstance(w, jax.Array | np.ndarray | np.generic | float) or isinstance(w, bool):
+        raise TypeError(
+            f"{name} must be a floating-point array, got {type(w).__name__}: for a tree of weights use "
+            f"jaxweights.on_tree, else convert it with jnp.asarray"
+        )
+    dtype = jnp.result_type(w)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must be real, got {dtype}: transform .real and .imag on their own")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be of a floating dtype, got {dtype}: convert it with .astype(jnp.float32)"
+        )
+    return jnp.asarray(w)
+
+
+def check_scalar(name: str, value, low: float = -math.inf, high: float = math.inf, *, schedule: bool = False):
+    """Raises unless `value` is a real number in [low, high]; traced arrays and schedules are taken as is.
+
+    `schedule` says whether a callable is welcome.
+    """
+    if callable(value):
+        if not schedule:
+            raise TypeError(
+                f"{name} must be a number here, got the callable {value!r}: evaluate it at the step first"
+            )
+        return
+    if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, np.generic):
+        if value.shape != ():
+            raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}: pass one number")
+        if not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
+            raise TypeError(f"{name} must be a real number, got dtype {value.dtype}")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be a number{' or a schedule' if schedule else ''}, got {value!r}")
+    if math.isnan(value):
+        raise ValueError(f"{name} must be a number, got NaN: look where it was computed")
+    if not low <= value <= high:
+        bounds = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
+
+
+def check_integer(name: str, value, low: int, high: int | None = None) -> None:
+    """Raises unless `value` is a Python integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
+
+
+def _evaluate(schedule: Callable, step) -> jax.Array:
+    return jnp.asarray(schedule(jnp.asarray(step, jnp.int32)), jnp.float32)
