@@ -108,9 +108,7 @@ class Reading:
         if axes is None:
             axes = default_axes(ndim)
         elif not isinstance(axes, Axes):
-            raise TypeError(
-                f"axes must be a jaxweights.Axes or None, got {axes!r}: write Axes(input=..., output=...)"
-            )
+            raise TypeError(f"axes must be a jaxweights.Axes or None, got {axes!r}: write Axes(input=..., output=...)")
         named: dict[str, tuple[int, ...]] = {}
         seen: dict[int, str] = {}
         for name in ("batch", "input", "output", "window"):
@@ -155,9 +153,7 @@ class Reading:
         (o,) = self.output
         shape = (*w.shape[:o], self.groups, w.shape[o] // self.groups, *w.shape[o + 1 :])
         shift = lambda axes: tuple(a + (a > o) for a in axes)
-        return w.reshape(shape), Reading(
-            shift(self.input), (o + 1,), (*shift(self.batch), o), shift(self.window)
-        )
+        return w.reshape(shape), Reading(shift(self.input), (o + 1,), (*shift(self.batch), o), shift(self.window))
 
 
 def default_axes(ndim: int) -> Axes:
@@ -230,9 +226,7 @@ def infer_axes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Axes]:
             continue
         above, _, name = parent.rpartition("/")
         prefix = above + "/" if above else ""
-        role = {"query": ATTENTION_IN, "key": ATTENTION_IN, "value": ATTENTION_IN, "out": ATTENTION_OUT}.get(
-            name
-        )
+        role = {"query": ATTENTION_IN, "key": ATTENTION_IN, "value": ATTENTION_IN, "out": ATTENTION_OUT}.get(name)
         if role and all(prefix + s in parents for s in ("query", "key", "value", "out")):
             found[path] = dataclasses.replace(role, batch=tuple(range(len(shape) - 3)))
             continue

@@ -152,9 +152,7 @@ def exact_delta(p: jax.Array, target: jax.Array) -> jax.Array:
         excess = (wide_p + d) - goal
         beyond = jnp.where(goal > 0, excess > 0, excess < 0)
         moved = d - excess
-        moved = jnp.where(
-            moved == d, jnp.nextafter(d, jnp.where(goal > 0, -jnp.inf, jnp.inf).astype(dtype)), moved
-        )
+        moved = jnp.where(moved == d, jnp.nextafter(d, jnp.where(goal > 0, -jnp.inf, jnp.inf).astype(dtype)), moved)
         d = jnp.where(beyond, moved, d)
     return jnp.where(goal == 0, -wide_p, d)
 

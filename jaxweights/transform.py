@@ -135,9 +135,7 @@ def check_weight(w, name: str = "w") -> jax.Array:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real, got {dtype}: transform .real and .imag on their own")
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must be of a floating dtype, got {dtype}: convert it with .astype(jnp.float32)"
-        )
+        raise TypeError(f"{name} must be of a floating dtype, got {dtype}: convert it with .astype(jnp.float32)")
     return jnp.asarray(w)
 
 
@@ -148,9 +146,7 @@ def check_scalar(name: str, value, low: float = -math.inf, high: float = math.in
     """
     if callable(value):
         if not schedule:
-            raise TypeError(
-                f"{name} must be a number here, got the callable {value!r}: evaluate it at the step first"
-            )
+            raise TypeError(f"{name} must be a number here, got the callable {value!r}: evaluate it at the step first")
         return
     if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, np.generic):
         if value.shape != ():

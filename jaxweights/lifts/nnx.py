@@ -64,9 +64,7 @@ def transformed(
     True
     """
     if not isinstance(module, nnx.Module):
-        raise TypeError(
-            f"module must be an nnx.Module, got {type(module).__name__}: Linen has linen.Transformed"
-        )
+        raise TypeError(f"module must be an nnx.Module, got {type(module).__name__}: Linen has linen.Transformed")
     if hasattr(module, STATE):
         raise ValueError(
             "transformed got a module that is already transformed: compose the transforms instead, "
@@ -160,9 +158,7 @@ def _transformed_class(base: type[nnx.Module]) -> type[nnx.Module]:
 
         return method
 
-    own = {
-        n: f for cls in reversed(base.__mro__) if cls not in nnx.Module.__mro__ for n, f in vars(cls).items()
-    }
+    own = {n: f for cls in reversed(base.__mro__) if cls not in nnx.Module.__mro__ for n, f in vars(cls).items()}
     methods = {
         n: wrapped(n, f)
         for n, f in own.items()
@@ -272,9 +268,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises `x` within each sample."""
-        return layer_norm(
-            x, _value(self.scale), _value(self.bias), axis=self.reduction_axes, eps=self.epsilon
-        )
+        return layer_norm(x, _value(self.scale), _value(self.bias), axis=self.reduction_axes, eps=self.epsilon)
 
 
 def _value(variable: nnx.Variable | None) -> jax.Array | None:

@@ -132,8 +132,7 @@ def add_weight_decay(rate: Scalar, where: Where | None = None) -> optax.Gradient
         weights = {paths[i]: p_leaves[i] for i in select(paths, p_leaves, [(None, None)], where)}
         u_paths, flat, treedef = flatten(updates)
         decayed = [
-            weight_decay(u, weights[path], now) if path in weights else u
-            for path, u in zip(u_paths, flat, strict=True)
+            weight_decay(u, weights[path], now) if path in weights else u for path, u in zip(u_paths, flat, strict=True)
         ]
         new_state = WeightDecayState(optax.safe_increment(state.count)) if callable(rate) else state
         return jax.tree_util.tree_unflatten(treedef, decayed), new_state
@@ -152,9 +151,7 @@ def _check_structure(name: str, updates: Any, params: Any) -> None:
     shapes = {p: jnp.shape(a) for p, a in zip(paths, leaves, strict=True)}
     for path, u in zip(*flatten(updates)[:2], strict=True):
         if path not in shapes:
-            raise ValueError(
-                f"{name}: updates has {path!r}, params does not: pass the parameters of these gradients"
-            )
+            raise ValueError(f"{name}: updates has {path!r}, params does not: pass the parameters of these gradients")
         if jnp.shape(u) != shapes[path]:
             raise ValueError(
                 f"{name}: updates at {path!r} has shape {jnp.shape(u)}, params {shapes[path]}: pass the parameters "

@@ -71,9 +71,7 @@ def _matching(among: list[int], paths: Sequence[str], leaves: Sequence[Any], whe
         return matched
     patterns = [where] if isinstance(where, str) else list(where)
     if not patterns or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(
-            f"where must be a glob, a list of globs or a predicate (path, array) -> bool, got {where!r}"
-        )
+        raise TypeError(f"where must be a glob, a list of globs or a predicate (path, array) -> bool, got {where!r}")
     found: set[int] = set()
     for pattern in patterns:
         matches = [i for i in among if _regex(pattern).fullmatch(paths[i])]
@@ -86,9 +84,7 @@ def _matching(among: list[int], paths: Sequence[str], leaves: Sequence[Any], whe
 def _nothing(what: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     have = [f"{p} {tuple(a.shape)}" for p, a in zip(paths, leaves, strict=True) if is_weight(a)]
     listing = ", ".join(have[:50]) + (f", and {len(have) - 50} more" if len(have) > 50 else "")
-    raise ValueError(
-        f"{what} selects no weight. The floating-point arrays of this tree are: {listing or 'none'}"
-    )
+    raise ValueError(f"{what} selects no weight. The floating-point arrays of this tree are: {listing or 'none'}")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -45,9 +45,7 @@ def tie(params: Any, ties: Mapping[str, str]) -> Any:
             if path not in position:
                 raise ValueError(f"ties names {path!r}, which is not in the tree. It has: {', '.join(paths)}")
         if source in ties:
-            raise ValueError(
-                f"ties puts {source!r} at {place!r}, but {source!r} is itself replaced: name the last one"
-            )
+            raise ValueError(f"ties puts {source!r} at {place!r}, but {source!r} is itself replaced: name the last one")
         old, weight = leaves[position[place]], leaves[position[source]]
         if old.shape != weight.shape or old.dtype != weight.dtype:
             raise ValueError(
@@ -85,9 +83,7 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
         raise ValueError("rules is empty: give {glob: initializer}")
     for glob, rule in rules.items():
         if not callable(rule):
-            raise TypeError(
-                f"the rule {glob!r} must be an initializer (key, shape, dtype) -> array, got {rule!r}"
-            )
+            raise TypeError(f"the rule {glob!r} must be an initializer (key, shape, dtype) -> array, got {rule!r}")
     paths, leaves, treedef = flatten(params)
     inferred = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
     for i, initializer in select(paths, leaves, list(rules.items())).items():

@@ -38,9 +38,7 @@ class TreeTransform:
         paths, leaves, _ = flatten(params)
         chosen = self._chosen(paths, leaves)
         keys = {i: jax.random.fold_in(key, zlib.crc32(paths[i].encode())) for i in chosen}
-        new = _by_shape(
-            {i: (t, (leaves[i], keys[i])) for i, t in chosen.items()}, paths, lambda t, w, k: t.init(w, k)
-        )
+        new = _by_shape({i: (t, (leaves[i], keys[i])) for i, t in chosen.items()}, paths, lambda t, w, k: t.init(w, k))
         learned, fixed = {}, {}
         for i, state in new.items():
             names = chosen[i].learned
@@ -60,10 +58,7 @@ class TreeTransform:
         if grads is not None:
             grad_paths, grad_leaves, _ = flatten(grads)
             by_path = dict(zip(grad_paths, grad_leaves, strict=True))
-        work = {
-            i: (t, (leaves[i], self._state(paths[i], state, t), by_path.get(paths[i])))
-            for i, t in chosen.items()
-        }
+        work = {i: (t, (leaves[i], self._state(paths[i], state, t), by_path.get(paths[i]))) for i, t in chosen.items()}
         new = _by_shape(work, paths, lambda t, w, s, g: t.update(w, s, g))
         fixed = dict(state.fixed)
         for i, entry in new.items():

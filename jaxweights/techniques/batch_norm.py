@@ -88,21 +88,15 @@ def batch_norm(
     x = check_weight(x, "x")
     check_scalar("eps", eps, 0)
     if (mean is None) != (var is None):
-        raise ValueError(
-            f"{'mean' if mean is None else 'var'} is missing: give mean and var together, or neither"
-        )
+        raise ValueError(f"{'mean' if mean is None else 'var'} is missing: give mean and var together, or neither")
     if mean is None or var is None:
         mean, var, _ = batch_stats(x, where=where, axis_name=axis_name)
     elif where is not None or axis_name is not None:
-        raise ValueError(
-            "where and axis_name say how to take statistics: leave them out where mean and var are given"
-        )
+        raise ValueError("where and axis_name say how to take statistics: leave them out where mean and var are given")
     given = {"scale": scale, "bias": bias, "mean": mean, "var": var}
     for name, value in given.items():
         if value is not None and check_weight(value, name).shape != x.shape[-1:]:
-            raise ValueError(
-                f"{name} must have shape {x.shape[-1:]}, one per feature of x, got {jnp.shape(value)}"
-            )
+            raise ValueError(f"{name} must have shape {x.shape[-1:]}, one per feature of x, got {jnp.shape(value)}")
     return standardize(x, mean, var, scale, bias, eps)
 
 
@@ -150,9 +144,7 @@ def fold_batch_norm(
     check_scalar("eps", eps, 0)
     r = Reading.of(axes, kernel.shape)
     if len(r.output) != 1:
-        raise ValueError(
-            f"kernel of shape {kernel.shape} must have exactly one output axis, axes names {r.output}"
-        )
+        raise ValueError(f"kernel of shape {kernel.shape} must have exactly one output axis, axes names {r.output}")
     features = (kernel.shape[r.output[0]],)
     given = {"bias": bias, "mean": mean, "var": var, "scale": scale, "offset": offset}
     dtype = wide(kernel.dtype)
@@ -162,9 +154,7 @@ def fold_batch_norm(
             value = jnp.full(features, 1.0 if name == "scale" else 0.0)
         values[name] = check_weight(value, name).astype(dtype)
         if values[name].shape != features:
-            raise ValueError(
-                f"{name} must have shape {features}, one per output unit, got {values[name].shape}"
-            )
+            raise ValueError(f"{name} must have shape {features}, one per output unit, got {values[name].shape}")
     factor = values["scale"] * jax.lax.rsqrt(values["var"] + jnp.asarray(eps, dtype))
     shape = [1] * kernel.ndim
     shape[r.output[0]] = -1
@@ -202,9 +192,7 @@ def standardize(x, mean, var, scale, bias, eps) -> jax.Array:
 def check_mask(where, shape: tuple[int, ...]) -> jax.Array:
     """`where` as a boolean array that broadcasts to `shape`, or an error."""
     if jnp.result_type(where) != jnp.bool_:
-        raise TypeError(
-            f"where must be a boolean array, got {jnp.result_type(where)}: compare it with a number"
-        )
+        raise TypeError(f"where must be a boolean array, got {jnp.result_type(where)}: compare it with a number")
     try:
         return jnp.broadcast_to(where, shape)
     except ValueError as e:

@@ -49,9 +49,7 @@ def xavier_normal(
     return _normal(key, shape, dtype, math.sqrt(2 / (n_in + n_out)), truncated)
 
 
-def xavier_uniform(
-    key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None
-) -> jax.Array:
+def xavier_uniform(key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None) -> jax.Array:
     """Glorot's uniform initialization: U(−a, a), a = √(6/(n_in + n_out)). Arguments as `xavier_normal`.
 
     >>> import jax
@@ -84,9 +82,7 @@ def he_normal(
     return _normal(key, shape, dtype, math.sqrt(2 / n_in), truncated)
 
 
-def he_uniform(
-    key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None
-) -> jax.Array:
+def he_uniform(key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None) -> jax.Array:
     """He's uniform initialization: U(−a, a), a = √(6/n_in). Arguments as `xavier_normal`.
 
     >>> import jax
@@ -120,9 +116,7 @@ def lecun_normal(
     return _normal(key, shape, dtype, math.sqrt(1 / n_in), truncated)
 
 
-def lecun_uniform(
-    key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None
-) -> jax.Array:
+def lecun_uniform(key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None) -> jax.Array:
     """LeCun's uniform initialization: U(−a, a), a = √(3/n_in). Arguments as `xavier_normal`.
 
     >>> import jax
@@ -138,9 +132,7 @@ def lecun_uniform(
 def _checked_fans(shape: Sequence[int], axes: Axes | None) -> tuple[int, int]:
     n_in, n_out = fans(shape, axes)
     if n_in == 0 or n_out == 0:
-        raise ValueError(
-            f"shape {tuple(shape)} has fans {n_in} and {n_out}: a weight without inputs has no scale"
-        )
+        raise ValueError(f"shape {tuple(shape)} has fans {n_in} and {n_out}: a weight without inputs has no scale")
     return n_in, n_out
 
 

@@ -110,9 +110,7 @@ def group_norm(
     check_integer("n_groups", n_groups, 1)
     check_scalar("eps", eps, 0)
     if x.ndim < 2:
-        raise ValueError(
-            f"x must have shape (batch, ..., features), got {x.shape}: add a batch axis with x[None]"
-        )
+        raise ValueError(f"x must have shape (batch, ..., features), got {x.shape}: add a batch axis with x[None]")
     if x.shape[-1] % n_groups:
         raise ValueError(f"n_groups={n_groups} does not divide the {x.shape[-1]} features of x {x.shape}")
     features = (x.ndim - 1,)
@@ -140,9 +138,7 @@ def instance_norm(
     """
     x = check_weight(x, "x")
     if x.ndim < 3:
-        raise ValueError(
-            f"x must have shape (batch, *positions, features), got {x.shape}: it has no positions"
-        )
+        raise ValueError(f"x must have shape (batch, *positions, features), got {x.shape}: it has no positions")
     return group_norm(x, scale, bias, n_groups=max(1, x.shape[-1]), eps=eps)
 
 
@@ -164,7 +160,5 @@ def _per_feature(name: str, value, shape: tuple[int, ...], over: Sequence[int]) 
     value = check_weight(value, name)
     expected = tuple(shape[a] for a in over)
     if value.shape != expected:
-        raise ValueError(
-            f"{name} must have shape {expected}, that of the normalised axes of x, got {value.shape}"
-        )
+        raise ValueError(f"{name} must have shape {expected}, that of the normalised axes of x, got {value.shape}")
     return value.reshape([s if a in over else 1 for a, s in enumerate(shape)])

@@ -48,9 +48,7 @@ def spectral_norm(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
     return jnp.einsum("...i,...ij,...j->...", u[..., :, 0], matrix, vt[..., 0, :], precision="highest")
 
 
-def spectral_normalize(
-    w: jax.Array, sigma: jax.Array | None = None, *, axes: Axes | None = None
-) -> jax.Array:
+def spectral_normalize(w: jax.Array, sigma: jax.Array | None = None, *, axes: Axes | None = None) -> jax.Array:
     """Divides a weight by its largest singular value.
 
     w' = w / σ(W). The gradient flows through σ where it is computed here.
@@ -81,9 +79,7 @@ def spectral_normalize(
     view, gr = r.split_groups(w)
     batch = tuple(view.shape[a] for a in gr.batch)
     if sigma.shape not in ((), batch):
-        raise ValueError(
-            f"sigma must have shape {batch} (one per matrix of w {w.shape}) or (), got {sigma.shape}"
-        )
+        raise ValueError(f"sigma must have shape {batch} (one per matrix of w {w.shape}) or (), got {sigma.shape}")
     if sigma.shape:
         sigma = jnp.expand_dims(
             jnp.transpose(sigma, sorted(range(len(gr.batch)), key=lambda i: gr.batch[i])),
@@ -192,6 +188,4 @@ class _Product:
     def sigma(self, u, v) -> jax.Array:
         full, rows, columns = self.letters
         wv = self.contract((full, self.w), (columns, v), out=rows)
-        return self.contract((rows, wv), (rows, u), out=rows[: self.n_batch]) * jax.lax.stop_gradient(
-            self.size
-        )
+        return self.contract((rows, wv), (rows, u), out=rows[: self.n_batch]) * jax.lax.stop_gradient(self.size)

@@ -44,13 +44,9 @@ def share(codebook: jax.Array, index: jax.Array) -> jax.Array:
     """
     codebook = check_weight(codebook, "codebook")
     if codebook.ndim != 1 or codebook.size == 0:
-        raise ValueError(
-            f"codebook must be one-dimensional and not empty, got shape {codebook.shape}: ravel it"
-        )
+        raise ValueError(f"codebook must be one-dimensional and not empty, got shape {codebook.shape}: ravel it")
     if not jnp.issubdtype(jnp.result_type(index), jnp.integer):
-        raise TypeError(
-            f"index must be an integer array, got {jnp.result_type(index)}: use cluster or conv_index"
-        )
+        raise TypeError(f"index must be an integer array, got {jnp.result_type(index)}: use cluster or conv_index")
     index = jnp.asarray(index)
     # A gather wraps −1 to the last entry, so that position must be set apart.
     looked_up = codebook.at[jnp.where(index < -1, codebook.size, index)].get(mode="fill", fill_value=jnp.nan)
@@ -144,9 +140,7 @@ def conv_index(
         )
     steps = [strides] * len(window) if isinstance(strides, int) else list(strides)
     if len(steps) != len(window) or any(s < 1 for s in steps):
-        raise ValueError(
-            f"strides must be at least 1, one or one per axis of {tuple(window)}, got {strides!r}"
-        )
+        raise ValueError(f"strides must be at least 1, one or one per axis of {tuple(window)}, got {strides!r}")
     if isinstance(padding, str):
         if padding.upper() not in ("SAME", "VALID"):
             raise ValueError(f'padding must be "SAME", "VALID" or (before, after) per axis, got {padding!r}')
@@ -157,9 +151,7 @@ def conv_index(
 
     out_space = [(n + sum(p) - k) // s + 1 for n, k, s, p in zip(space, window, steps, pads, strict=True)]
     if any(n < 1 for n in out_space):
-        raise ValueError(
-            f"a window of {tuple(window)} does not fit in {tuple(space)} with padding {padding!r}"
-        )
+        raise ValueError(f"a window of {tuple(window)} does not fit in {tuple(space)} with padding {padding!r}")
     index = np.full((*space, n_in, *out_space, n_out), -1, np.int32)
     weights = np.arange(math.prod(kernel_shape), dtype=np.int32).reshape(kernel_shape)
     for position in itertools.product(*map(range, out_space)):
@@ -232,11 +224,7 @@ class ShareWeights(Transform):
     def init(self, w, key):
         """The group of each weight."""
         w = check_weight(w)
-        index = (
-            cluster(w, self.n)[1]
-            if self.seed is None
-            else jnp.asarray(hash_index(w.shape, self.n, self.seed))
-        )
+        index = cluster(w, self.n)[1] if self.seed is None else jnp.asarray(hash_index(w.shape, self.n, self.seed))
         return {"index": index}
 
     def apply(self, w, state):
@@ -257,9 +245,7 @@ def _group_means(x: jax.Array, index: jax.Array, empty: jax.Array) -> jax.Array:
     """The mean of `x` over each group; `empty` for groups without members. Only n sums cross devices."""
     n = empty.shape[0]
     count = jnp.zeros(n, jnp.int32).at[index].add(1)
-    size = jax.lax.stop_gradient(
-        jnp.max(jnp.abs(x))
-    )  # scaled, so that a sum of huge weights does not overflow
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))  # scaled, so that a sum of huge weights does not overflow
     size = jnp.where(size == 0, 1, size)
     total = jnp.zeros(n, x.dtype).at[index].add(x / size)
     return jnp.where(count == 0, empty, size * (total / jnp.maximum(count, 1)))

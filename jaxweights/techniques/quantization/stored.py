@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,7 @@ from jaxweights.numerics import safe_divide, wide
 from jaxweights.transform import check_integer, check_weight
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype", "axes"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype", "axes"])
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
     """A weight stored as w ≈ codes·scale. A pytree node: it goes through jit, vmap and checkpoints.
@@ -131,6 +128,4 @@ def matmul(x: jax.Array, q: QuantizedArray) -> jax.Array:
 
 def _check_quantized(q) -> None:
     if not isinstance(q, QuantizedArray):
-        raise TypeError(
-            f"q must be a QuantizedArray, got {type(q).__name__}: make one with quantize(w, bits)"
-        )
+        raise TypeError(f"q must be a QuantizedArray, got {type(q).__name__}: make one with quantize(w, bits)")
