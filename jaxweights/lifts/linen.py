@@ -115,17 +115,10 @@ class Transformed(nn.Module):
         return state
 
     def _read(self, lifted: TreeTransform, params: Any) -> TreeState:
-        """The stored state; an error says what is missing."""
-        learned = unfreeze(self.variables.get("params", {})).get(STATE, {})
-        fixed = unfreeze(self.variables.get(STATE, {}))
-        expected = jax.eval_shape(lambda p: lifted.init(p, jax.random.key(0)), params)
-        for kind, have, want in (("params", learned, expected.learned), (STATE, fixed, expected.fixed)):
-            if missing := sorted(set(want) - set(have)):
-                raise ValueError(
-                    f"Transformed has no state for {missing} in the collection {kind!r}: pass all that init "
-                    f'returned, apply({{"params": ..., "{STATE}": ...}}, ...)'
-                )
-        return TreeState({p: learned[p] for p in expected.learned}, {p: fixed[p] for p in expected.fixed})
+        """The stored state of this wrapper, apart from that of wrappers further in."""
+        selected = lifted.selected(params)
+        own = lambda entries: {path: entry for path, entry in unfreeze(entries).items() if path in selected}
+        return TreeState(own(self.variables.get("params", {}).get(STATE, {})), own(self.variables.get(STATE, {})))
 
 
 class BatchNorm(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -164,7 +165,10 @@ def _transformed_class(base: type[nnx.Module]) -> type[nnx.Module]:
         for n, f in own.items()
         if inspect.isfunction(f) and (n == "__call__" or not n.startswith("_")) and n != "set_view"
     }
-    return type(f"Transformed{base.__name__}", (base,), {**methods, "__module__": base.__module__})
+    # A subclass is a pytree unless it says otherwise, whatever its base is.
+    options = {"pytree": getattr(base, "_pytree__is_pytree", True)}
+    body = {**methods, "__module__": base.__module__}
+    return types.new_class(f"Transformed{base.__name__}", (base,), options, lambda namespace: namespace.update(body))
 
 
 class BatchNorm(nnx.Module):

@@ -53,7 +53,9 @@ class TreeTransform:
     def update(self, params: Any, state: TreeState, grads: Any = None) -> TreeState:
         """The state for the next step; weights of one shape are updated in one batched computation."""
         paths, leaves, _ = flatten(params)
-        chosen = {i: t for i, t in self._chosen(paths, leaves).items() if paths[i] in state.fixed}
+        chosen = self._chosen(paths, leaves)
+        self._check(state, paths, chosen)
+        chosen = {i: t for i, t in chosen.items() if paths[i] in state.fixed}
         by_path: dict[str, Any] = {}
         if grads is not None:
             grad_paths, grad_leaves, _ = flatten(grads)
@@ -68,7 +70,9 @@ class TreeTransform:
     def apply(self, params: Any, state: TreeState) -> Any:
         """`params` with every selected weight transformed; differentiable in `params` and `state.learned`."""
         paths, leaves, treedef = flatten(params)
-        for i, t in self._chosen(paths, leaves).items():
+        chosen = self._chosen(paths, leaves)
+        self._check(state, paths, chosen)
+        for i, t in chosen.items():
             with _naming(t, paths[i]):
                 leaves[i] = t.apply(leaves[i], self._state(paths[i], state, t))
         return jax.tree_util.tree_unflatten(treedef, leaves)
@@ -82,6 +86,18 @@ class TreeTransform:
         chosen = select(paths, leaves, self.rules, self.where)
         inferred = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
         return {i: _with_axes(t, inferred.get(paths[i])) for i, t in sorted(chosen.items())}
+
+    def _check(self, state: TreeState, paths: list[str], chosen: dict[int, Transform]) -> None:
+        """A state must come from `init` on a tree with these paths."""
+        if not isinstance(state, TreeState):
+            raise TypeError(f"state must be the TreeState that init returned, got {type(state).__name__}")
+        known = {paths[i] for i in chosen}
+        for path in [*state.learned, *state.fixed]:
+            if path not in known:
+                raise ValueError(
+                    f"state has an entry for {path!r}, which is not a selected weight of this tree: call init on it. "
+                    f"Selected are: {', '.join(sorted(known))}"
+                )
 
     def _state(self, path: str, state: TreeState, t: Transform) -> State:
         """The state of one weight; the one place where gradients are stopped."""
@@ -182,6 +198,11 @@ def _naming(t: Transform, path: str):
     """Adds the transform and the path to the errors of bad input."""
     try:
         yield
+    except KeyError as e:
+        raise ValueError(
+            f"{type(t).__name__} at {path!r}: the state has no {e}. Pass the state that init returned for this tree; "
+            f"for a Linen module, all the collections that it returned"
+        ) from e
     except (TypeError, ValueError) as e:
         if type(e) not in (TypeError, ValueError):
             raise
