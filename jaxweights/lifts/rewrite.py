@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxweights.axes import infer_axes
 from jaxweights.lifts.paths import flatten, is_weight, select
@@ -37,6 +38,7 @@ def tie(params: Any, ties: Mapping[str, str]) -> Any:
 
     References: Press and Wolf, Using the Output Embedding to Improve Language Models, arXiv:1608.05859, 2016.
     """
+    _check_rules("ties", ties, "{path: path}")
     paths, leaves, treedef = flatten(params)
     position = {p: i for i, p in enumerate(paths)}
     new = list(leaves)
@@ -47,11 +49,9 @@ def tie(params: Any, ties: Mapping[str, str]) -> Any:
         if source in ties:
             raise ValueError(f"ties puts {source!r} at {place!r}, but {source!r} is itself replaced: name the last one")
         old, weight = leaves[position[place]], leaves[position[source]]
-        if old.shape != weight.shape or old.dtype != weight.dtype:
-            raise ValueError(
-                f"ties puts {source!r} {weight.dtype}{list(weight.shape)} at {place!r} "
-                f"{old.dtype}{list(old.shape)}: they must have one shape and dtype"
-            )
+        have, want = (f"{jnp.result_type(a)}{list(jnp.shape(a))}" for a in (weight, old))
+        if have != want:
+            raise ValueError(f"ties puts {source!r} {have} at {place!r} {want}: they must have one shape and dtype")
         new[position[place]] = weight
     return jax.tree_util.tree_unflatten(treedef, new)
 
@@ -79,8 +79,7 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
     >>> print(new["dense"]["kernel"].std().round(2), new["dense"]["bias"].sum())
     0.08 0.0
     """
-    if not rules:
-        raise ValueError("rules is empty: give {glob: initializer}")
+    _check_rules("rules", rules, "{glob: initializer}")
     for glob, rule in rules.items():
         if not callable(rule):
             raise TypeError(f"the rule {glob!r} must be an initializer (key, shape, dtype) -> array, got {rule!r}")
@@ -89,11 +88,31 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
     for i, initializer in select(paths, leaves, list(rules.items())).items():
         old = leaves[i]
         options = {"axes": inferred[paths[i]]} if paths[i] in inferred and _takes_axes(initializer) else {}
-        new = initializer(jax.random.fold_in(key, i), old.shape, old.dtype, **options)
-        if new.shape != old.shape:
-            raise ValueError(f"the initializer for {paths[i]!r} returned shape {new.shape}, not {old.shape}")
+        try:
+            new = initializer(jax.random.fold_in(key, i), old.shape, old.dtype, **options)
+        except (TypeError, ValueError) as e:
+            if type(e) not in (TypeError, ValueError):
+                raise
+            raise type(e)(f"reinitialize at {paths[i]!r}: {e}") from e
+        if callable(new):
+            raise TypeError(f"reinitialize at {paths[i]!r}: the rule is a factory, it returned a function: call it first")
+        if jnp.shape(new) != old.shape or jnp.result_type(new) != old.dtype:
+            raise ValueError(
+                f"reinitialize at {paths[i]!r}: the initializer returned {jnp.result_type(new)}{list(jnp.shape(new))}: "
+                f"it must return {old.dtype}{list(old.shape)}"
+            )
         leaves[i] = new
     return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def _check_rules(name: str, rules: Any, form: str) -> None:
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"{name} must be a dict {form}, got {type(rules).__name__}")
+    if not rules:
+        raise ValueError(f"{name} is empty: give {form}")
+    for key in rules:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must be {form}, got the key {key!r}: write it as a string")
 
 
 def _takes_axes(initializer: Initializer) -> bool:
