@@ -9,17 +9,20 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxweights.transform import check_integer, check_shape
+
 AxisSpec = int | Sequence[int]
 
 
-def _axis_tuple(name: str, value) -> tuple[int, ...]:
+def axis_tuple(name: str, value) -> tuple[int, ...]:
+    """`value`, an integer or integers, as a tuple, or an error."""
     values = (value,) if isinstance(value, int) else value
     try:
         values = tuple(values)
     except TypeError:
         values = (None,)
     if not all(isinstance(a, int) and not isinstance(a, bool) for a in values):
-        raise TypeError(f"{name} must be an integer or integers, got {value!r}")
+        raise TypeError(f"{name} must be an integer or integers, got {value!r}: name axes as in (0, 1)")
     return values
 
 
@@ -60,9 +63,8 @@ class Axes:
             value = getattr(self, name)
             if name == "window" and value is None:
                 continue
-            object.__setattr__(self, name, _axis_tuple(name, value))
-        if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
-            raise ValueError(f"groups must be an integer of at least 1, got {self.groups!r}")
+            object.__setattr__(self, name, axis_tuple(name, value))
+        check_integer("groups", self.groups, 1)
 
     def stacked(self, axis: int = 0) -> Axes:
         """The same reading for a stack of such weights along a new non-negative `axis`.
@@ -70,8 +72,7 @@ class Axes:
         >>> DENSE.stacked().matrix(jnp.ones((12, 256, 512))).shape
         (12, 256, 512)
         """
-        if axis < 0:
-            raise ValueError(f"axis must be non-negative, got {axis}: stacks are counted from the front")
+        check_integer("axis", axis, 0)
         if any(a >= 0 for f in (self.input, self.output, self.window or ()) for a in f):  # type: ignore[union-attr]
             raise ValueError(f"only Axes counted from the end (negative) can be stacked, got {self}")
         return dataclasses.replace(self, batch=(*self.batch, axis))  # type: ignore[misc]
@@ -105,10 +106,7 @@ class Reading:
     def of(cls, axes: Axes | None, shape: Sequence[int]) -> Reading:
         """Resolves `axes`; None is (..., in, out), a vector as a whole, a scalar as a 1x1 matrix."""
         ndim = len(shape)
-        if axes is None:
-            axes = default_axes(ndim)
-        elif not isinstance(axes, Axes):
-            raise TypeError(f"axes must be a jaxweights.Axes or None, got {axes!r}: write Axes(input=..., output=...)")
+        axes = axes_or_default(axes, ndim)
         named: dict[str, tuple[int, ...]] = {}
         seen: dict[int, str] = {}
         for name in ("batch", "input", "output", "window"):
@@ -161,6 +159,15 @@ def default_axes(ndim: int) -> Axes:
     return Axes() if ndim >= 2 else Axes(input=tuple(range(ndim)), output=())
 
 
+def axes_or_default(axes: Axes | None, ndim: int) -> Axes:
+    """`axes`, or the default if it is None; an error if it is anything else."""
+    if axes is None:
+        return default_axes(ndim)
+    if not isinstance(axes, Axes):
+        raise TypeError(f"axes must be a jaxweights.Axes or None, got {axes!r}: write Axes(input=..., output=...)")
+    return axes
+
+
 def fans(shape: Sequence[int], axes: Axes | None = None) -> tuple[int, int]:
     """(n_in, n_out): how many inputs one output unit sums over, and how many outputs one input feeds.
 
@@ -173,6 +180,7 @@ def fans(shape: Sequence[int], axes: Axes | None = None) -> tuple[int, int]:
     >>> fans((12, 256, 512), Axes(batch=0))
     (256, 512)
     """
+    shape = check_shape("shape", shape)
     r = Reading.of(axes, shape)
     size = lambda which: math.prod(shape[a] for a in which)
     return size(r.input) * size(r.window), size(r.output) * size(r.window) // r.groups

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -39,17 +39,16 @@ class Transform:
     def init(self, w: jax.Array, key: jax.Array) -> State:
         """The state for the weight `w`; `key` is a `jax.random` key for those that draw."""
         names = self._schedules()
-        return {n: _evaluate(getattr(self, n), 0) for n in names} | (
-            {"step": jnp.zeros((), jnp.int32)} if names else {}
-        )
+        return {n: self._evaluate(n, 0) for n in names} | ({"step": jnp.zeros((), jnp.int32)} if names else {})
 
     def update(self, w: jax.Array, state: State, grad: jax.Array | None = None) -> State:
         """The state for the next step."""
         names = self._schedules()
         if not names:
             return state
+        check_state(state, step=())
         step = state["step"]
-        return {**state, **{n: _evaluate(getattr(self, n), step) for n in names}, "step": step + 1}
+        return {**state, **{n: self._evaluate(n, step) for n in names}, "step": step + 1}
 
     def apply(self, w: jax.Array, state: State) -> jax.Array:
         """The transformed weight."""
@@ -57,7 +56,14 @@ class Transform:
 
     def value(self, name: str, state: State) -> Any:
         """The field `name`, or, where it is a schedule, its value at the last update."""
-        return state[name] if name in state else getattr(self, name)
+        field = getattr(self, name)
+        check_state(state, **{name: ()} if callable(field) else {})
+        return state.get(name, field)
+
+    def _evaluate(self, name: str, step) -> jax.Array:
+        value = getattr(self, name)(jnp.asarray(step, jnp.int32))
+        check_scalar(f"the value of the schedule {name}", value)
+        return jnp.asarray(value, jnp.float32)
 
     def _schedules(self) -> tuple[str, ...]:
         return tuple(f.name for f in dataclasses.fields(self) if callable(getattr(self, f.name)))
@@ -112,6 +118,7 @@ class Chain(Transform):
         return w
 
     def _part(self, i: int, state: State) -> State:
+        check_state(state)
         prefix = f"{i}."
         return {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
 
@@ -140,10 +147,11 @@ def check_weight(w, name: str = "w") -> jax.Array:
 
 
 def check_scalar(name: str, value, low: float = -math.inf, high: float = math.inf, *, schedule: bool = False):
-    """Raises unless `value` is a real number in [low, high]; traced arrays and schedules are taken as is.
+    """Raises unless `value` is a real number in [low, high]; schedules and the values of JAX arrays are taken as is.
 
     `schedule` says whether a callable is welcome.
     """
+    kind = "a number or a schedule" if schedule else "a number"
     if callable(value):
         if not schedule:
             raise TypeError(f"{name} must be a number here, got the callable {value!r}: evaluate it at the step first")
@@ -152,10 +160,12 @@ def check_scalar(name: str, value, low: float = -math.inf, high: float = math.in
         if value.shape != ():
             raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}: pass one number")
         if not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
-            raise TypeError(f"{name} must be a real number, got dtype {value.dtype}")
-        return
+            raise TypeError(f"{name} must be {kind}, got an array of dtype {value.dtype}: pass a real number")
+        if isinstance(value, jax.Array):
+            return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} must be a number{' or a schedule' if schedule else ''}, got {value!r}")
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__} {value!r}: pass a real number")
     if math.isnan(value):
         raise ValueError(f"{name} must be a number, got NaN: look where it was computed")
     if not low <= value <= high:
@@ -166,11 +176,30 @@ def check_scalar(name: str, value, low: float = -math.inf, high: float = math.in
 def check_integer(name: str, value, low: int, high: int | None = None) -> None:
     """Raises unless `value` is a Python integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}: pass a Python int")
     if value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be {bounds}, got {value!r}")
 
 
-def _evaluate(schedule: Callable, step) -> jax.Array:
-    return jnp.asarray(schedule(jnp.asarray(step, jnp.int32)), jnp.float32)
+def check_shape(name: str, shape) -> tuple[int, ...]:
+    """`shape` as a tuple, or an error unless it is a sequence of integers of at least 0."""
+    if isinstance(shape, str | int | float) or not isinstance(shape, Sequence):
+        raise TypeError(f"{name} must be a sequence of integers, got {shape!r}: write (2, 3), or (2,) for one axis")
+    for size in shape:
+        check_integer(f"each size in {name}", size, 0)
+    return tuple(shape)
+
+
+def check_state(state, **shapes: tuple[int, ...] | None) -> None:
+    """Raises unless `state` is a dict with an array of each name and shape; None is any shape."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be the dict that init returned, got {type(state).__name__}: pass init(w, key)")
+    for name, shape in shapes.items():
+        if name not in state:
+            raise ValueError(f"state has no {name!r}, it has {sorted(state)}: make it with init for this weight")
+        if shape is not None and jnp.shape(state[name]) != shape:
+            raise ValueError(
+                f"state has {name!r} of shape {jnp.shape(state[name])}, this weight needs {shape}: make it with init "
+                f"for this weight"
+            )

@@ -95,7 +95,9 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
                 raise
             raise type(e)(f"reinitialize at {paths[i]!r}: {e}") from e
         if callable(new):
-            raise TypeError(f"reinitialize at {paths[i]!r}: the rule is a factory, it returned a function: call it first")
+            raise TypeError(
+                f"reinitialize at {paths[i]!r}: the rule is a factory, it returned a function: call it first"
+            )
         if jnp.shape(new) != old.shape or jnp.result_type(new) != old.dtype:
             raise ValueError(
                 f"reinitialize at {paths[i]!r}: the initializer returned {jnp.result_type(new)}{list(jnp.shape(new))}: "

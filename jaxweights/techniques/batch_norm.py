@@ -36,9 +36,7 @@ def batch_stats(
     References: Ioffe and Szegedy, arXiv:1502.03167, 2015; Chan, Golub and LeVeque, Algorithms for Computing the
     Sample Variance, 1983.
     """
-    x = check_weight(x, "x")
-    if x.ndim < 1:
-        raise ValueError("x must have a last axis of features, got a scalar")
+    x = _check_features(x)
     if where is not None:
         where = check_mask(where, x.shape)
     stats = moments(x, range(x.ndim - 1), where=where, axis_name=axis_name)
@@ -85,7 +83,7 @@ def batch_norm(
     References: Ioffe and Szegedy, Batch Normalization: Accelerating Deep Network Training by Reducing Internal
     Covariate Shift, arXiv:1502.03167, 2015.
     """
-    x = check_weight(x, "x")
+    x = _check_features(x)
     check_scalar("eps", eps, 0)
     if (mean is None) != (var is None):
         raise ValueError(f"{'mean' if mean is None else 'var'} is missing: give mean and var together, or neither")
@@ -155,7 +153,7 @@ def fold_batch_norm(
         values[name] = check_weight(value, name).astype(dtype)
         if values[name].shape != features:
             raise ValueError(f"{name} must have shape {features}, one per output unit, got {values[name].shape}")
-    factor = values["scale"] * jax.lax.rsqrt(values["var"] + jnp.asarray(eps, dtype))
+    factor = values["scale"] * inverse_deviation(values["var"], eps)
     shape = [1] * kernel.ndim
     shape[r.output[0]] = -1
     new_bias = (values["bias"] - values["mean"]) * factor + values["offset"]
@@ -172,15 +170,33 @@ def running_stats(
     >>> print(running_stats((jnp.zeros(1), jnp.ones(1)), now, 0.5))
     (Array([1.5], dtype=float32), Array([1.], dtype=float32))
     """
+    if len(running) != 2 or len(batch) != 3:
+        raise ValueError(
+            f"running must be (mean, var) and batch (mean, var, count), got {len(running)} and {len(batch)} arrays: "
+            f"take batch from batch_stats"
+        )
+    check_scalar("momentum", momentum, 0, 1)
+    shape = jnp.shape(running[0])
+    for name, value in zip(("running var", "mean", "var", "count"), (running[1], *batch), strict=True):
+        if jnp.shape(value) != shape:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(value)}, the running mean {shape}: both must have one entry per feature"
+            )
     mean, var, count = batch
     mix = lambda old, new: jnp.where(count > 0, momentum * old + (1 - momentum) * new, old).astype(old.dtype)
     return mix(running[0], mean), mix(running[1], var)
 
 
+def inverse_deviation(var: jax.Array, eps) -> jax.Array:
+    """1/√(var + eps), and 0 where that is 1/0: a constant feature without ε is only centred."""
+    square = var + jnp.asarray(eps, var.dtype)
+    return jnp.where(square == 0, 0, jax.lax.rsqrt(jnp.where(square == 0, 1, square)))
+
+
 def standardize(x, mean, var, scale, bias, eps) -> jax.Array:
     """(x − mean)/√(var + eps)·scale + bias in float32 or wider, in the dtype of `x`."""
     dtype = wide(x.dtype)
-    factor = jax.lax.rsqrt(var.astype(dtype) + jnp.asarray(eps, dtype))
+    factor = inverse_deviation(var.astype(dtype), eps)
     if scale is not None:
         factor = factor * scale.astype(dtype)
     y = (x.astype(dtype) - mean.astype(dtype)) * factor
@@ -189,10 +205,18 @@ def standardize(x, mean, var, scale, bias, eps) -> jax.Array:
     return y.astype(x.dtype)
 
 
+def _check_features(x) -> jax.Array:
+    x = check_weight(x, "x")
+    if x.ndim < 1:
+        raise ValueError("x must have a last axis of features, got a scalar: add one with x[None]")
+    return x
+
+
 def check_mask(where, shape: tuple[int, ...]) -> jax.Array:
     """`where` as a boolean array that broadcasts to `shape`, or an error."""
-    if jnp.result_type(where) != jnp.bool_:
-        raise TypeError(f"where must be a boolean array, got {jnp.result_type(where)}: compare it with a number")
+    kind = getattr(where, "dtype", type(where))
+    if not jnp.issubdtype(kind, jnp.bool_):
+        raise TypeError(f"where must be a boolean array, got {kind}: compare it with a number")
     try:
         return jnp.broadcast_to(where, shape)
     except ValueError as e:

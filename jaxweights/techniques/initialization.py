@@ -153,6 +153,6 @@ def _uniform(key, shape, dtype, std: float) -> jax.Array:
 
 
 def _checked_dtype(dtype) -> jnp.dtype:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be a real floating dtype, got {jnp.dtype(dtype)}: use jnp.float32")
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a real floating dtype, got {dtype}: use jnp.float32")
     return jnp.dtype(dtype)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxweights.axes import axis_tuple
 from jaxweights.numerics import moments, wide
 from jaxweights.techniques.batch_norm import standardize
 from jaxweights.transform import check_integer, check_scalar, check_weight
@@ -118,9 +119,10 @@ def group_norm(
         _per_feature("scale", scale, x.shape, features),
         _per_feature("bias", bias, x.shape, features),
     )
-    grouped = x.reshape(*x.shape[:-1], n_groups, -1)
+    shape = (n_groups, x.shape[-1] // n_groups)
+    grouped = x.reshape(*x.shape[:-1], *shape)
     mean, var, _ = moments(grouped, (*range(1, x.ndim - 1), x.ndim))
-    split = lambda a: None if a is None else a.reshape(n_groups, -1)
+    split = lambda a: None if a is None else a.reshape(shape)
     return standardize(grouped, mean, var, split(scale), split(bias), eps).reshape(x.shape)
 
 
@@ -143,13 +145,15 @@ def instance_norm(
 
 
 def _check_axis(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = axis_tuple("axis", axis)
     ndim = len(shape)
-    if not axes or any(isinstance(a, bool) or not isinstance(a, int) or not -ndim <= a < ndim for a in axes):
+    if not ndim:
+        raise ValueError("x must have at least one axis, got a scalar: add one with x[None]")
+    if not axes or any(not -ndim <= a < ndim for a in axes):
         raise ValueError(f"axis must name axes of x {shape} from {-ndim} to {ndim - 1}, got {axis!r}")
     resolved = tuple(sorted(a % ndim for a in axes))
     if len(set(resolved)) < len(resolved):
-        raise ValueError(f"axis names an axis of x {shape} twice: {axis!r}")
+        raise ValueError(f"axis must name axes of x {shape} once each, got {axis!r}")
     return resolved
 
 

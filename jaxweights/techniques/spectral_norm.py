@@ -9,9 +9,9 @@ import string
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading, default_axes
+from jaxweights.axes import Axes, Reading, axes_or_default
 from jaxweights.numerics import safe_divide, safe_norm, wide
-from jaxweights.transform import Transform, check_integer, check_weight
+from jaxweights.transform import Transform, check_integer, check_state, check_weight
 
 _INITIAL_STEPS = 15
 
@@ -38,7 +38,7 @@ def spectral_norm(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
     3.0
     """
     w = check_weight(w)
-    matrix = (axes or default_axes(w.ndim)).matrix(w.astype(wide(w.dtype)))
+    matrix = axes_or_default(axes, w.ndim).matrix(w.astype(wide(w.dtype)))
     if 0 in matrix.shape:
         return jnp.zeros(matrix.shape[:-2], matrix.dtype)
     # Scaled to 1 first, so that neither tiny nor huge weights leave the range of the SVD.
@@ -126,11 +126,13 @@ class SpectralNorm(Transform):
     def update(self, w, state, grad=None):
         """`n_steps` steps of power iteration."""
         product = _Product.of(check_weight(w), self.axes)
+        check_state(state, u=product.row_shape, v=product.column_shape)
         return jax.lax.fori_loop(0, self.n_steps, lambda _, s: product.step(s), state)
 
     def apply(self, w, state):
         """w / uᵀWv."""
         product = _Product.of(check_weight(w), self.axes)
+        check_state(state, u=product.row_shape, v=product.column_shape)
         return spectral_normalize(w, product.sigma(state["u"], state["v"]), axes=self.axes)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading
 from jaxweights.numerics import safe_divide, safe_norm, wide
-from jaxweights.transform import Transform, check_weight
+from jaxweights.transform import Transform, check_state, check_weight
 
 
 def weight_normalize(w: jax.Array, scale: jax.Array | None = None, *, axes: Axes | None = None) -> jax.Array:
@@ -80,4 +80,5 @@ class WeightNorm(Transform):
 
     def apply(self, w, state):
         """`weight_normalize(w, scale)`."""
+        check_state(state, scale=None)
         return weight_normalize(w, state["scale"], axes=self.axes)

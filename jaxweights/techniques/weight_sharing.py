@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.numerics import wide
-from jaxweights.transform import Transform, check_integer, check_weight
+from jaxweights.transform import Transform, check_integer, check_shape, check_state, check_weight
 
 _LLOYD_STEPS = 50
 
@@ -45,9 +45,10 @@ def share(codebook: jax.Array, index: jax.Array) -> jax.Array:
     codebook = check_weight(codebook, "codebook")
     if codebook.ndim != 1 or codebook.size == 0:
         raise ValueError(f"codebook must be one-dimensional and not empty, got shape {codebook.shape}: ravel it")
-    if not jnp.issubdtype(jnp.result_type(index), jnp.integer):
-        raise TypeError(f"index must be an integer array, got {jnp.result_type(index)}: use cluster or conv_index")
-    index = jnp.asarray(index)
+    kind = jnp.result_type(index) if isinstance(index, jax.Array | np.ndarray | np.generic | int) else type(index)
+    if not jnp.issubdtype(kind, jnp.integer):
+        raise TypeError(f"index must be an integer array, got {kind}: use cluster or conv_index")
+    index = jnp.asarray(index, jnp.int32)  # in a narrow or unsigned dtype the comparisons below would wrap around
     # A gather wraps −1 to the last entry, so that position must be set apart.
     looked_up = codebook.at[jnp.where(index < -1, codebook.size, index)].get(mode="fill", fill_value=jnp.nan)
     return jnp.where(index == -1, jnp.zeros((), codebook.dtype), looked_up)
@@ -65,7 +66,8 @@ def cluster(w: jax.Array, n_clusters: int) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       (codebook, index): the sorted centroids, shape (n_clusters,), dtype of `w`, and an int32 array of the
-      shape of `w`. `share(codebook, index)` is the clustered weight. An empty cluster keeps its centroid.
+      shape of `w`. `share(codebook, index)` is the clustered weight. An empty cluster keeps its centroid. NaN
+      or infinity anywhere makes the codebook NaN.
 
     Raises:
       TypeError: `w` is not a float array, or `n_clusters` not an integer.
@@ -121,6 +123,7 @@ def conv_index(
       int32 numpy array, shape (input size, output size): a constant, to be computed once.
 
     Raises:
+      TypeError: a shape or stride is not made of integers.
       ValueError: the shapes do not fit, a stride is less than 1, or `padding` is unknown.
 
     >>> conv_index((2, 1, 1), (3, 1), padding="VALID")      # a window of two over three positions
@@ -131,23 +134,26 @@ def conv_index(
     References: LeCun et al., Backpropagation Applied to Handwritten Zip Code Recognition, Neural
     Computation 1989.
     """
-    *window, n_in, n_out = kernel_shape
-    *space, channels = input_shape
-    if len(window) != len(space) or n_in != channels:
+    kernel_shape, input_shape = check_shape("kernel_shape", kernel_shape), check_shape("input_shape", input_shape)
+    if not input_shape or len(kernel_shape) != len(input_shape) + 1 or kernel_shape[-2] != input_shape[-1]:
         raise ValueError(
-            f"kernel_shape {tuple(kernel_shape)} and input_shape {tuple(input_shape)} do not fit: they must be "
-            f"(*window, in, out) and (*space, in) with equal numbers of axes and the same in"
+            f"kernel_shape {kernel_shape} and input_shape {input_shape} do not fit: they must be (*window, in, out) "
+            f"and (*space, in) with equal numbers of axes and the same in"
         )
-    steps = [strides] * len(window) if isinstance(strides, int) else list(strides)
-    if len(steps) != len(window) or any(s < 1 for s in steps):
-        raise ValueError(f"strides must be at least 1, one or one per axis of {tuple(window)}, got {strides!r}")
+    *window, n_in, n_out = kernel_shape
+    space = input_shape[:-1]
+    steps = list(strides) if isinstance(strides, Sequence) else [strides] * len(window)
+    for step in steps:
+        check_integer("strides", step, 1)
+    if len(steps) != len(window):
+        raise ValueError(f"strides must be one integer, or one per axis of the window {tuple(window)}, got {strides!r}")
     if isinstance(padding, str):
         if padding.upper() not in ("SAME", "VALID"):
             raise ValueError(f'padding must be "SAME", "VALID" or (before, after) per axis, got {padding!r}')
         padding = jax.lax.padtype_to_pads(space, window, steps, padding.upper())
-    pads = [tuple(p) for p in padding]
-    if len(pads) != len(window):
-        raise ValueError(f"padding must have (before, after) for each of {len(window)} axes, got {padding!r}")
+    pads = [p if isinstance(p, Sequence) else () for p in padding] if isinstance(padding, Sequence) else []
+    if len(pads) != len(window) or any([type(n) for n in p] != [int, int] for p in pads):
+        raise ValueError(f"padding must be integers (before, after) for each of {len(window)} axes, got {padding!r}")
 
     out_space = [(n + sum(p) - k) // s + 1 for n, k, s, p in zip(space, window, steps, pads, strict=True)]
     if any(n < 1 for n in out_space):
@@ -176,8 +182,8 @@ def hash_index(shape: Sequence[int], n: int, seed: int = 0) -> np.ndarray:
       int32 numpy array of the given shape.
 
     Raises:
-      TypeError: `n` or `seed` is not an integer.
-      ValueError: `n` is less than 1.
+      TypeError: `n`, `seed` or a size in `shape` is not an integer.
+      ValueError: `n` is less than 1 or above 2³¹ − 1, or `seed` negative.
 
     >>> hash_index((2, 4), 3).shape
     (2, 4)
@@ -185,9 +191,10 @@ def hash_index(shape: Sequence[int], n: int, seed: int = 0) -> np.ndarray:
     References: Chen, Wilson, Tyree, Weinberger and Chen, Compressing Neural Networks with the Hashing Trick,
     arXiv:1504.04788, 2015.
     """
-    check_integer("n", n, 1)
+    shape = check_shape("shape", shape)
+    check_integer("n", n, 1, 2**31 - 1)
     check_integer("seed", seed, 0)
-    h = np.arange(math.prod(shape), dtype=np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+    h = np.arange(math.prod(shape), dtype=np.uint64) + np.uint64(int(seed) * 0x9E3779B97F4A7C15 % 2**64)
     for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):  # splitmix64
         h = (h ^ (h >> np.uint64(shift))) * np.uint64(multiplier)
     h ^= h >> np.uint64(31)
@@ -217,7 +224,7 @@ class ShareWeights(Transform):
     seed: int | None = None
 
     def __post_init__(self):
-        check_integer("n", self.n, 1)
+        check_integer("n", self.n, 1, 2**31 - 1)
         if self.seed is not None:
             check_integer("seed", self.seed, 0)
 
@@ -230,8 +237,10 @@ class ShareWeights(Transform):
     def apply(self, w, state):
         """The mean of each group, at each of its positions."""
         w = check_weight(w)
+        check_state(state, index=w.shape)
         x = w.astype(wide(w.dtype))
-        means = _group_means(x, state["index"], jnp.zeros(self.n, x.dtype))
+        rough = _group_means(x, state["index"], jnp.zeros(self.n, x.dtype))
+        means = _group_means(x, state["index"], jax.lax.stop_gradient(rough))
         return share(means, state["index"]).astype(w.dtype)
 
 
@@ -241,11 +250,11 @@ def _nearest(x: jax.Array, centroids: jax.Array) -> jax.Array:
     return jnp.sum(x[..., None] > midpoints, axis=-1, dtype=jnp.int32)
 
 
-def _group_means(x: jax.Array, index: jax.Array, empty: jax.Array) -> jax.Array:
-    """The mean of `x` over each group; `empty` for groups without members. Only n sums cross devices."""
-    n = empty.shape[0]
-    count = jnp.zeros(n, jnp.int32).at[index].add(1)
-    size = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))  # scaled, so that a sum of huge weights does not overflow
-    size = jnp.where(size == 0, 1, size)
-    total = jnp.zeros(n, x.dtype).at[index].add(x / size)
-    return jnp.where(count == 0, empty, size * (total / jnp.maximum(count, 1)))
+def _group_means(x: jax.Array, index: jax.Array, centre: jax.Array) -> jax.Array:
+    """centre + mean of (x − centre) over each group; `centre` for groups without members.
+
+    Only n sums cross devices. The nearer `centre` is to the means, the less a long sum rounds; the division comes
+    before it, so that it does not overflow.
+    """
+    count = jnp.zeros(centre.shape, jnp.int32).at[index].add(1)
+    return centre.at[index].add((x - centre[index]) / count[index])

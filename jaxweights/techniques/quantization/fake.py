@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading, default_axes
-from jaxweights.numerics import straight_through, wide
+from jaxweights.axes import Axes, Reading, axes_or_default
+from jaxweights.numerics import safe_divide, straight_through, wide
 from jaxweights.transform import Transform, check_integer, check_weight
 
 _MAX_BITS = 16  # above, 2^bits - 1 levels times a float32 range are not told apart
@@ -49,9 +49,9 @@ def fake_quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> jax.A
     x = jax.lax.stop_gradient(w.astype(wide(w.dtype)))
     levels = 2**bits - 1
     low, high = jnp.min(x, over, keepdims=True), jnp.max(x, over, keepdims=True)
-    step = high / levels - low / levels  # not (high − low)/levels: the range itself may overflow
-    code = jnp.round((x / levels - low / levels) / jnp.where(step == 0, 1, step) * levels)
-    rounded = jnp.where(code == levels, high, code * step + low)  # the top of the range exactly
+    span = high / 2 - low / 2  # halves, because the range itself may overflow
+    code = jnp.round(safe_divide(x / 2 - low / 2, span) * levels)
+    rounded = jnp.where(code == levels, high, 2 * (low / 2 + code / levels * span))  # the top of the range exactly
     return straight_through(w, jnp.where(high == low, x, rounded).astype(w.dtype))
 
 
@@ -75,5 +75,5 @@ class FakeQuantize(Transform):
 
     def apply(self, w, state):
         """`fake_quantize(w, bits)`, per output unit if `per_unit`."""
-        axes = (self.axes or default_axes(jnp.ndim(w))) if self.per_unit else None
+        axes = axes_or_default(self.axes, jnp.ndim(w)) if self.per_unit else None
         return fake_quantize(w, self.bits, axes=axes)

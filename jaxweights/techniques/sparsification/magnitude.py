@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxweights.numerics import round_half_up, smallest_mask
-from jaxweights.transform import Scalar, Transform, check_scalar, check_weight
+from jaxweights.numerics import round_half_up, smallest_mask, wide
+from jaxweights.transform import Scalar, Transform, check_scalar, check_state, check_weight
 
 
 def sparsify(w: jax.Array, threshold: Scalar) -> jax.Array:
@@ -33,7 +33,8 @@ def sparsify(w: jax.Array, threshold: Scalar) -> jax.Array:
     """
     w = check_weight(w)
     check_scalar("threshold", threshold, 0)
-    return jnp.where(jnp.abs(w) >= jnp.asarray(threshold, w.dtype), w, jnp.zeros((), w.dtype))
+    tau = jnp.asarray(threshold, wide(w.dtype)).astype(w.dtype)
+    return jnp.where(jnp.abs(w) >= tau, w, jnp.zeros((), w.dtype))
 
 
 def magnitude_mask(w: jax.Array, sparsity: Scalar) -> jax.Array:
@@ -116,7 +117,7 @@ class Prune(Transform):
 
     def update(self, w, state, grad=None):
         """The mask for the sparsity of this step, if it is scheduled."""
-        if "step" not in state:
+        if not callable(self.sparsity):
             return state
         state = super().update(w, state, grad)
         return {**state, "mask": magnitude_mask(self.apply(w, state), state["sparsity"]) & state["mask"]}
@@ -124,4 +125,5 @@ class Prune(Transform):
     def apply(self, w, state):
         """`w` where the mask is true, else 0."""
         w = check_weight(w)
+        check_state(state, mask=w.shape)
         return jnp.where(state["mask"], w, jnp.zeros((), w.dtype))
