@@ -81,7 +81,9 @@ def project(
         for i in chosen:
             p, u, target = p_leaves[i], u_leaves[i], targets[i]
             delta = exact_delta(p, target)
-            new[paths[i]] = jnp.where(target == moved[i], u.astype(delta.dtype), delta)
+            # In 16 bits the compiler may compute p + u with or without rounding u first: then only delta is safe.
+            keep = target == moved[i] if delta.dtype == p.dtype else False
+            new[paths[i]] = jnp.where(keep, u.astype(delta.dtype), delta)
         u_paths, flat, u_treedef = flatten(updates)
         replaced = [new.get(path, u) for path, u in zip(u_paths, flat, strict=True)]
         return jax.tree_util.tree_unflatten(u_treedef, replaced), ProjectState(tree_state)
