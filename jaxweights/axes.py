@@ -67,7 +67,7 @@ class Axes:
         check_integer("groups", self.groups, 1)
 
     def stacked(self, axis: int = 0) -> Axes:
-        """The same reading for a stack of such weights along a new non-negative `axis`.
+        """The same reading for a stack of such weights along a new non-negative `axis`, before the named ones.
 
         >>> DENSE.stacked().matrix(jnp.ones((12, 256, 512))).shape
         (12, 256, 512)
@@ -224,10 +224,10 @@ def infer_axes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Axes]:
     - a bias of shape (layers, out) beside a kernel (layers, in, out) is a stack (`nn.scan`, `nnx.vmap`);
     - a bias of shape (heads, head_dim) beside a kernel (features, heads, head_dim) is a `DenseGeneral`.
 
-    Paths for which nothing follows are left out: they have the default reading, (..., in, out).
+    Paths for which nothing follows, or more than one reading does, are left out: they have the default reading,
+    (..., in, out).
     """
     found: dict[str, Axes] = {}
-    parents = {p.rsplit("/", 1)[0]: p for p in shapes if p.endswith("/kernel")}
     for path, shape in shapes.items():
         parent, _, leaf = path.rpartition("/")
         if leaf != "kernel" or len(shape) < 3:
@@ -235,17 +235,16 @@ def infer_axes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Axes]:
         above, _, name = parent.rpartition("/")
         prefix = above + "/" if above else ""
         role = {"query": ATTENTION_IN, "key": ATTENTION_IN, "value": ATTENTION_IN, "out": ATTENTION_OUT}.get(name)
-        if role and all(prefix + s in parents for s in ("query", "key", "value", "out")):
+        if role and all(f"{prefix}{s}/kernel" in shapes for s in ("query", "key", "value", "out")):
             found[path] = dataclasses.replace(role, batch=tuple(range(len(shape) - 3)))
             continue
         bias = shapes.get(parent + "/bias" if parent else "bias")
         if bias is None or len(bias) < 2 or len(bias) >= len(shape):
             continue
-        stack = len(bias) - 1
-        is_stack = shape[:stack] == bias[:stack] and shape[-1] == bias[-1]
-        is_general = shape[-len(bias) :] == bias
-        if is_stack and not is_general:
-            found[path] = Axes(input=-2, output=-1, batch=tuple(range(stack)))
-        elif is_general and not is_stack:
-            found[path] = dense_general(len(shape) - len(bias), len(bias))
+        # The bias is (*batch, *out): every way to cut it that fits the kernel (*batch, ..., *out) is a reading.
+        cuts = [b for b in range(len(bias)) if shape[:b] == bias[:b] and shape[b - len(bias) :] == bias[b:]]
+        if len(cuts) == 1:
+            n_batch, n_out = cuts[0], len(bias) - cuts[0]
+            stack = Axes(input=-2, output=-1, batch=tuple(range(n_batch)))
+            found[path] = stack if n_out == 1 else dense_general(len(shape) - len(bias), n_out, n_batch)
     return found

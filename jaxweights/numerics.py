@@ -32,9 +32,20 @@ def safe_norm(x: jax.Array, axis: Sequence[int], *, keepdims: bool = False) -> j
     return norm if keepdims else jnp.squeeze(norm, axis)
 
 
+@jax.custom_jvp
 def safe_divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x / y, and x where y is 0, with finite gradients for both."""
+    """x / y, and x where y is 0, with finite gradients for both.
+
+    The derivative is taken as (ẋ − (x/y)·ẏ)/y: JAX's own squares y, which leaves the range of float32 beyond 1e±19.
+    """
     return x / jnp.where(y == 0, 1, y)
+
+
+@safe_divide.defjvp
+def _(primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    ratio = safe_divide(x, y)
+    return ratio, safe_divide(dx - jnp.where(y == 0, 0, ratio) * dy, y)
 
 
 @jax.custom_jvp
@@ -59,6 +70,7 @@ def moments(
     μ = Σx/n, σ² = Σ(x − μ)²/n over the entries where `where` is true. Reduced axes are kept with size 1. With
     `axis_name` the moments of all devices are merged by their counts (Welford; Chan et al. 1983):
     n = Σnᵢ, μ = Σnᵢμᵢ/n, σ² = Σnᵢ(σᵢ² + (μᵢ − μ)²)/n. With no entries at all the count and both moments are 0.
+    Entries that do not count may be NaN. A variance beyond the range of float32 is infinite.
     """
     x = x.astype(wide(x.dtype))
     axis = tuple(axis)
@@ -68,6 +80,7 @@ def moments(
         total = lambda y: jnp.sum(y, axis, keepdims=True)
     else:
         where = jnp.broadcast_to(where, x.shape)
+        x = jnp.where(where, x, 0)
         count = jnp.sum(where, axis, keepdims=True, dtype=jnp.int32).astype(x.dtype)
         total = lambda y: jnp.sum(jnp.where(where, y, 0), axis, keepdims=True)
     n = jnp.maximum(count, 1)
@@ -85,14 +98,14 @@ def moments(
 def round_half_up(fraction: float | jax.Array, n: int) -> int | jax.Array:
     """round(fraction·n) without passing a count through a float: exact for n up to 2³¹ − 1.
 
-    A Python `fraction` gives a Python integer. A traced float32 is read as a multiple of 2⁻²⁴ and multiplied
-    in 12-bit limbs, because float32 counts are wrong above 2²⁴.
+    A Python `fraction` gives a Python integer. A traced float32 is clipped to [0, 1], read as a multiple of 2⁻²⁴ and
+    multiplied in 12-bit limbs, because float32 counts are wrong above 2²⁴.
     """
     if isinstance(fraction, int | float):
         return math.floor(fraction * n + 0.5)
     if n >= 2**31:
         raise ValueError(f"a traced fraction of {n} entries does not fit 32-bit counts: pass a Python float")
-    a = jnp.round(jnp.asarray(fraction, jnp.float32) * 2**24).astype(jnp.int32)
+    a = jnp.round(jnp.clip(jnp.asarray(fraction, jnp.float32), 0, 1) * 2**24).astype(jnp.int32)
     whole, rest = divmod(n, 2**24)
     a1, a0 = a >> 12, a & 0xFFF
     r1, r0 = rest >> 12, rest & 0xFFF
@@ -113,7 +126,7 @@ def smallest_mask(x: jax.Array, k: int | jax.Array) -> jax.Array:
     if x.size >= 2**31:
         raise ValueError(f"an array of {x.size} entries does not fit 32-bit counts: split it")
     bits = jnp.finfo(x.dtype).bits
-    word = {16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[bits]
+    word = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[bits]
     rank = jax.lax.bitcast_convert_type(x, word) & word(2 ** (bits - 1) - 1)
     k = jnp.asarray(k, jnp.int32)
 
@@ -137,24 +150,38 @@ def smallest_mask(x: jax.Array, k: int | jax.Array) -> jax.Array:
     return below | (tied & (index < cut))
 
 
-def exact_delta(p: jax.Array, target: jax.Array) -> jax.Array:
-    """d such that p + d, rounded to p's dtype, is `target` or its neighbour towards zero.
+def round_to(dtype, x: jax.Array) -> jax.Array:
+    """`x` in float32 or wider, its values rounded to those of `dtype`.
 
-    target − p alone misses `target` in f32 and, if rounded to bf16, overshoots by a whole ulp. Here d is kept
-    in float32 or wider and, where the sum would still land beyond `target`, moved one step towards zero; the
-    rounding to p's dtype that follows is monotone, so it cannot cross `target` again. A target of 0 is hit
-    exactly. So zeros stay zeros and |p + d| <= |target| bit for bit.
+    XLA may leave out the rounding of `x.astype(dtype)` (`xla_allow_excess_precision`), in one place and not in another.
     """
-    dtype = wide(p.dtype)
-    wide_p, goal = p.astype(dtype), target.astype(dtype)
-    d = goal - wide_p
-    for _ in range(2):
-        excess = (wide_p + d) - goal
-        beyond = jnp.where(goal > 0, excess > 0, excess < 0)
-        moved = d - excess
-        moved = jnp.where(moved == d, jnp.nextafter(d, jnp.where(goal > 0, -jnp.inf, jnp.inf).astype(dtype)), moved)
-        d = jnp.where(beyond, moved, d)
-    return jnp.where(goal == 0, -wide_p, d)
+    x = x.astype(wide(x.dtype))
+    if jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
+        return x
+    return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+
+
+def exact_sum(p: jax.Array, d: jax.Array) -> jax.Array:
+    """p + d in float32 or wider, with the value that `optax.apply_updates` stores in p's dtype."""
+    return round_to(p.dtype, p.astype(wide(p.dtype)) + round_to(d.dtype, d))
+
+
+def exact_delta(p: jax.Array, u: jax.Array, target: jax.Array) -> jax.Array:
+    """d such that p + d, rounded to p's dtype, is `target` or its neighbour towards zero; `u` where p + u is `target`.
+
+    target − p alone misses `target` in f32 and, if rounded to bf16, overshoots by a whole ulp. Here d is kept in
+    float32 or wider. Where p + d lies beyond `target`, d was rounded away from it, so the float before d is on the
+    near side and, rounding being monotone, one step is enough. A target of 0 is hit exactly. So zeros stay zeros and
+    |p + d| <= |target| bit for bit.
+    """
+    u, goal = round_to(u.dtype, u), target.astype(wide(p.dtype))
+    d = jnp.where(exact_sum(p, u) == goal, u, goal - p.astype(goal.dtype))
+    beyond = jnp.abs(exact_sum(p, d)) > jnp.abs(goal)
+    # The next float, against the sign of the target: a float's bits count up with its magnitude.
+    word = jnp.dtype(f"int{jnp.finfo(d.dtype).bits}")
+    bits, sign = jax.lax.bitcast_convert_type(d, word), jax.lax.bitcast_convert_type(goal, word)
+    step = jnp.where(bits ^ sign < 0, word.type(1), word.type(-1))
+    return jax.lax.bitcast_convert_type(bits + jnp.where(beyond, step, word.type(0)), d.dtype)
 
 
 def _flat_index(shape: Sequence[int]) -> jax.Array:

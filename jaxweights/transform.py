@@ -195,11 +195,11 @@ def check_state(state, **shapes: tuple[int, ...] | None) -> None:
     """Raises unless `state` is a dict with an array of each name and shape; None is any shape."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state must be the dict that init returned, got {type(state).__name__}: pass init(w, key)")
+    remedy = "pass the state that init returned for this weight (in Flax Linen, all its collections)"
     for name, shape in shapes.items():
         if name not in state:
-            raise ValueError(f"state has no {name!r}, it has {sorted(state)}: make it with init for this weight")
+            raise ValueError(f"the state has no {name!r}, it has {sorted(state)}: {remedy}")
         if shape is not None and jnp.shape(state[name]) != shape:
             raise ValueError(
-                f"state has {name!r} of shape {jnp.shape(state[name])}, this weight needs {shape}: make it with init "
-                f"for this weight"
+                f"the state has {name!r} of shape {jnp.shape(state[name])}, this weight needs {shape}: {remedy}"
             )

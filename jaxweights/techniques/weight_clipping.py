@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading
-from jaxweights.numerics import safe_divide, safe_norm
+from jaxweights.numerics import safe_divide, safe_norm, wide
 from jaxweights.transform import Scalar, Transform, check_scalar, check_weight
 
 
@@ -37,7 +37,7 @@ def clip_weights(w: jax.Array, limit: Scalar) -> jax.Array:
     """
     w = check_weight(w)
     check_scalar("limit", limit, 0)
-    c = jnp.asarray(limit, w.dtype)
+    c = jnp.asarray(limit, wide(w.dtype)).astype(w.dtype)
     return jnp.where(w > c, c, jnp.where(w < -c, -c, w))
 
 
@@ -52,7 +52,8 @@ def clip_norm(w: jax.Array, max_norm: Scalar, *, axes: Axes | None = None) -> ja
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
     Returns:
-      Array of the shape and dtype of `w`. Units that are short enough are kept bit for bit.
+      Array of the shape and dtype of `w`. Units that are short enough are kept bit for bit, and so are
+      those with a NaN or infinite weight.
 
     Raises:
       TypeError: `w` is not a float array, or `max_norm` not a number.

@@ -73,9 +73,9 @@ def quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> QuantizedA
     x = w.astype(wide(w.dtype))
     largest = 2 ** (bits - 1) - 1
     peak = jnp.max(jnp.abs(x), Reading.of(axes, w.shape).contracted, keepdims=True, initial=0)
-    scale = peak / largest
-    codes = jnp.clip(jnp.round(safe_divide(x, scale)), -largest, largest).astype(jnp.int8)
-    return QuantizedArray(codes, scale.astype(jnp.float32), w.dtype, axes)
+    scale = (peak / largest).astype(jnp.float32)
+    codes = jnp.clip(jnp.round(safe_divide(x, scale.astype(x.dtype))), -largest, largest).astype(jnp.int8)
+    return QuantizedArray(codes, scale, w.dtype, axes)
 
 
 def dequantize(q: QuantizedArray) -> jax.Array:
