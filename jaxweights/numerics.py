@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 def wide(dtype) -> jnp.dtype:
     """The dtype to accumulate in: `dtype`, or float32 where that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
 def safe_norm(x: jax.Array, axis: Sequence[int], *, keepdims: bool = False) -> jax.Array:
@@ -156,9 +156,15 @@ def round_to(dtype, x: jax.Array) -> jax.Array:
     XLA may leave out the rounding of `x.astype(dtype)` (`xla_allow_excess_precision`), in one place and not in another.
     """
     x = x.astype(wide(x.dtype))
-    if jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
+    narrow, info = jnp.finfo(dtype), jnp.finfo(x.dtype)
+    if narrow.bits >= info.bits:
         return x
-    return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+    rounded = jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
+    if narrow.nexp == info.nexp:
+        return rounded
+    # reduce_precision makes 0 of the subnormal values, of which float16 has many. They are evenly spaced.
+    spacing = float(narrow.smallest_subnormal)
+    return jnp.where(jnp.abs(x) < float(narrow.tiny), jnp.round(x / spacing) * spacing, rounded)
 
 
 def exact_sum(p: jax.Array, d: jax.Array) -> jax.Array:
@@ -167,7 +173,7 @@ def exact_sum(p: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def exact_delta(p: jax.Array, u: jax.Array, target: jax.Array) -> jax.Array:
-    """d such that p + d, rounded to p's dtype, is `target` or its neighbour towards zero; `u` where p + u is `target`.
+    """d such that p + d, rounded to p's dtype, is `target` or just short of it, nearer to 0; `u` where p + u is `target`.
 
     target − p alone misses `target` in f32 and, if rounded to bf16, overshoots by a whole ulp. Here d is kept in
     float32 or wider. Where p + d lies beyond `target`, d was rounded away from it, so the float before d is on the

@@ -1,0 +1,324 @@
+"""The shared numerics, against float64 NumPy, Python integers and sorting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from jaxweights.numerics import (
+    exact_delta,
+    moments,
+    round_half_up,
+    safe_divide,
+    safe_norm,
+    smallest_mask,
+    straight_through,
+    wide,
+)
+
+FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
+quick = settings(deadline=None, max_examples=50)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def test_wide():
+    assert [wide(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)] == [*[jnp.float32] * 3, jnp.float64]
+
+
+# safe_norm
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("axis", [(0,), (1,), (0, 2), (0, 1, 2), ()])
+@pytest.mark.parametrize("keepdims", [False, True])
+def test_safe_norm(dtype, axis, keepdims):
+    x = jnp.asarray(normal(3, 4, 5), dtype)
+    norm = safe_norm(x, axis, keepdims=keepdims)
+    assert norm.dtype == jnp.float32
+    expected = np.sqrt(np.sum(np.square(np.asarray(x, np.float64)), axis, keepdims=keepdims))
+    np.testing.assert_allclose(norm, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(jnp.float32, 1e30), (jnp.float32, 1e-30), (jnp.bfloat16, 1e30), (jnp.float16, 6e4)]
+)
+def test_safe_norm_leaves_no_range(dtype, size):
+    x = jnp.asarray([size, 0, -size / 2, size / 4], dtype)
+    exact = np.asarray(x, np.float64)
+    norm, gradient = jax.value_and_grad(lambda x: safe_norm(x, (0,)))(x)
+    np.testing.assert_allclose(norm, np.linalg.norm(exact), rtol=1e-6)
+    np.testing.assert_allclose(
+        gradient.astype(jnp.float32), exact / np.linalg.norm(exact), rtol=2 * float(jnp.finfo(dtype).eps)
+    )
+
+
+def test_safe_norm_of_nothing_and_of_zero():
+    for x in (jnp.zeros((3, 4)), jnp.zeros((0, 4)), jnp.full((3, 4), 1e-40)):
+        norm, gradient = jax.value_and_grad(lambda x: safe_norm(x, (0,)).sum())(x)
+        assert norm == 0 and not gradient.any()
+    assert safe_norm(jnp.zeros((0, 4)), (0,), keepdims=True).shape == (1, 4)
+    assert safe_norm(jnp.float32(-3), ()) == 3
+
+
+def test_safe_norm_of_nan_and_infinity():
+    x = jnp.array([[jnp.nan, 1], [jnp.inf, 1], [1, 1]])
+    np.testing.assert_array_equal(np.isnan(safe_norm(x, (1,))), [True, True, False])
+
+
+def test_safe_norm_gradient():
+    with jax.enable_x64(True):
+        check_grads(jax.jit(lambda x: safe_norm(x, (0, 2))), (jnp.asarray(normal(2, 3, 2)),), order=2, rtol=1e-6)
+
+
+# safe_divide
+
+
+def test_safe_divide():
+    x, y = normal(3, 4), normal(4, seed=1)
+    np.testing.assert_allclose(safe_divide(jnp.float32(x), jnp.float32(y)), x / y, rtol=1e-5)
+    np.testing.assert_array_equal(safe_divide(jnp.array([2.0, 0.0]), jnp.zeros(2)), [2, 0])
+
+
+def test_safe_divide_gradient():
+    with jax.enable_x64(True):
+        check_grads(
+            jax.jit(safe_divide), (jnp.asarray(normal(3, 4)), jnp.asarray(normal(1, 4, seed=1))), order=2, rtol=1e-5
+        )
+
+
+def test_safe_divide_gradient_at_zero():
+    dx, dy = jax.grad(safe_divide, (0, 1))(2.0, 0.0)
+    assert (dx, dy) == (1, 0)
+
+
+@pytest.mark.parametrize("y", [1e-25, 1e25])
+def test_safe_divide_gradient_does_not_square(y):
+    dx, dy = jax.grad(safe_divide, (0, 1))(3 * y, y)
+    np.testing.assert_allclose([dx, dy], [1 / y, -3 / y], rtol=1e-6)
+
+
+# straight_through
+
+
+def test_straight_through():
+    x, y = jnp.array([0.1, 1e8]), jnp.array([0.3, 0.7])
+    out, pull = jax.vjp(straight_through, x, y)
+    np.testing.assert_array_equal(out, y)
+    dx, dy = pull(jnp.array([2.0, 3.0]))
+    np.testing.assert_array_equal(dx, [2, 3])
+    np.testing.assert_array_equal(dy, [0, 0])
+
+
+def test_straight_through_forward_mode():
+    _, tangent = jax.jvp(straight_through, (jnp.ones(2), jnp.zeros(2)), (jnp.array([1.0, 2.0]), jnp.full(2, 9.0)))
+    np.testing.assert_array_equal(tangent, [1, 2])
+
+
+# moments
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("axis", [(0,), (0, 1), (2,), ()])
+def test_moments(dtype, axis):
+    x = jnp.asarray(normal(6, 5, 4) + 3, dtype)
+    exact = np.asarray(x, np.float64)
+    mean, var, count = moments(x, axis)
+    np.testing.assert_allclose(mean, exact.mean(axis, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(var, exact.var(axis, keepdims=True), rtol=1e-5)
+    assert count.shape == mean.shape and (count == np.prod([x.shape[a] for a in axis])).all()
+
+
+def test_moments_of_a_distant_mean():
+    x = np.float32(normal(512, 3) + 1e4)
+    _, var, _ = moments(jnp.asarray(x), (0,))
+    np.testing.assert_allclose(var[0], x.astype(np.float64).var(0), rtol=1e-4)
+
+
+def test_moments_where():
+    x, where = normal(6, 5, 4), np.random.default_rng(1).random((6, 5, 1)) < 0.5
+    where[:, 0], where[0, 1:] = False, True
+    mean, var, count = moments(jnp.float32(x), (0,), where=jnp.asarray(where))
+    full = np.broadcast_to(where, x.shape)
+    assert not mean[0, 0].any() and not var[0, 0].any()
+    np.testing.assert_array_equal(count[0], full.sum(0))
+    np.testing.assert_allclose(mean[0, 1:], x[:, 1:].mean(0, where=full[:, 1:]), rtol=1e-4)
+    np.testing.assert_allclose(var[0, 1:], x[:, 1:].var(0, where=full[:, 1:]), rtol=1e-4)
+
+
+def test_moments_do_not_see_what_does_not_count():
+    x, where = jnp.array([1.0, 2.0, jnp.nan, jnp.inf]), jnp.array([True, True, False, False])
+    variance = lambda x: moments(x, (0,), where=where)[1][0]
+    assert variance(x) == 0.25
+    np.testing.assert_array_equal(jax.grad(variance)(x), [-0.5, 0.5, 0, 0])
+
+
+@pytest.mark.parametrize("n_devices", [1, 2, 3, 4, 6, 12])
+def test_moments_merge_to_one_big_batch(n_devices):
+    x = normal(12, 5) * 3 + 7
+    where = np.random.default_rng(2).random((12, 5)) < 0.6
+    where[0] = where[5] = True
+    split = lambda a: jnp.asarray(a).reshape(n_devices, -1, 5)
+    merged = jax.vmap(lambda x, where: moments(x, (0,), where=where, axis_name="d"), axis_name="d")
+    mean, var, count = merged(split(np.float32(x)), split(where))
+    for i in range(n_devices):
+        np.testing.assert_array_equal(count[i, 0], where.sum(0))
+        np.testing.assert_allclose(mean[i, 0], x.mean(0, where=where), rtol=1e-5)
+        np.testing.assert_allclose(var[i, 0], x.var(0, where=where), rtol=1e-4)
+
+
+def test_moments_merge_gradient():
+    with jax.enable_x64(True):
+        x = jnp.asarray(normal(4, 3, 2))
+        merged = jax.vmap(lambda x: moments(x, (0,), axis_name="d")[:2], axis_name="d")
+        check_grads(jax.jit(merged), (x,), order=1, rtol=1e-6)
+
+
+def test_moments_of_nothing():
+    for mean, var, count in (moments(jnp.zeros((0, 3)), (0,)), moments(jnp.ones((2, 3)), (0,), where=jnp.array(False))):
+        assert not mean.any() and not var.any() and not count.any()
+
+
+# round_half_up
+
+
+@quick
+@given(st.integers(0, 2**24), st.one_of(st.integers(0, 100), st.integers(0, 2**31 - 1), st.just(2**31 - 1)))
+def test_round_half_up_traced(a, n):
+    fraction = jnp.float32(a / 2**24)  # a multiple of 2⁻²⁴ is exact in float32
+    assert int(round_half_up(fraction, n)) == (a * n + 2**23) >> 24
+
+
+def test_round_half_up_traced_in_bulk():
+    a = np.random.default_rng(0).integers(0, 2**24 + 1, 10_000)
+    a[:3] = 0, 2**24, 2**23
+    for n in (0, 1, 2, 7, 4095, 2**12, 2**24 - 1, 2**24, 2**24 + 1, 2**30 + 12345, 2**31 - 2, 2**31 - 1):
+        counts = jax.jit(round_half_up, static_argnums=1)(jnp.float32(a / 2**24), n)
+        np.testing.assert_array_equal(counts, (a.astype(object) * n + 2**23) >> 24)
+
+
+def test_round_half_up_python():
+    assert [round_half_up(f, 10) for f in (0, 0.04, 0.05, 0.15, 0.25, 0.5, 1)] == [0, 0, 1, 2, 3, 5, 10]
+    assert round_half_up(0.5, 2**40 + 1) == 2**39 + 1
+
+
+def test_round_half_up_clips_a_traced_fraction():
+    assert int(round_half_up(jnp.float32(1.5), 2**31 - 1)) == 2**31 - 1
+    assert int(round_half_up(jnp.float32(-0.5), 2**31 - 1)) == 0
+
+
+def test_round_half_up_error():
+    with pytest.raises(ValueError, match="32-bit counts"):
+        round_half_up(jnp.float32(0.5), 2**31)
+
+
+# smallest_mask
+
+
+def argsort_rule(x, k):
+    """The k smallest magnitudes, ties by flat index, NaN last."""
+    order = np.argsort(np.abs(np.asarray(x, np.float64)).ravel(), kind="stable")
+    mask = np.zeros(np.size(x), bool)
+    mask[order[:k]] = True
+    return mask.reshape(np.shape(x))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, jnp.float8_e4m3fn], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("shape", [(1,), (7,), (8,), (31, 3), (2, 3, 4)], ids=str)
+def test_smallest_mask(dtype, shape):
+    """Hundreds of arrays and every k at once: normal, with ties, with zeros, with special values, all equal."""
+    rng = np.random.default_rng(0)
+    n, cases = int(np.prod(shape)), 60
+    x = rng.normal(size=(cases, *shape)) * 10.0 ** rng.integers(-3, 3, (cases, *([1] * len(shape))))
+    x[10:25] = rng.integers(-2, 3, (15, *shape))
+    special = [np.nan, -np.nan, 0.0, -0.0, 1.0, -1.0, 2.0**-6]
+    special += [] if dtype == jnp.float8_e4m3fn else [np.inf, -np.inf, float(jnp.finfo(dtype).smallest_subnormal)]
+    x[25:55] = rng.choice(special, (30, *shape))
+    x[55] = 0
+    x[56] = np.nan
+    x = np.asarray(x).astype(dtype)
+    k = np.concatenate([[0, n, n // 2], rng.integers(0, n + 1, 5)])
+    got = jax.jit(jax.vmap(jax.vmap(smallest_mask, (None, 0)), (0, None)))(jnp.asarray(x), jnp.asarray(k))
+    expected = np.stack([[argsort_rule(v, j) for j in k] for v in x])
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_smallest_mask_float64():
+    with jax.enable_x64(True):
+        x = np.concatenate([1 + normal(50) * 1e-12, [0, 0, np.nan, np.inf]])
+        for k in (0, 1, 3, 25, 53, 54):
+            np.testing.assert_array_equal(smallest_mask(jnp.asarray(x), k), argsort_rule(x, k))
+
+
+def test_smallest_mask_of_a_million():
+    x = np.float32(normal(1000, 1000).round(3))  # a thousand ties at each magnitude
+    np.testing.assert_array_equal(smallest_mask(jnp.asarray(x), 300_001), argsort_rule(x, 300_001))
+
+
+def test_smallest_mask_of_scalars_and_nothing():
+    assert not smallest_mask(jnp.float32(2), 0) and smallest_mask(jnp.float32(2), 1)
+    assert smallest_mask(jnp.zeros((0, 3)), 0).shape == (0, 3)
+
+
+# exact_delta
+
+
+def stored(p, u, target):
+    """(p after `optax.apply_updates` of the delta, the delta), the sum made by NumPy."""
+    d = np.asarray(jax.jit(exact_delta)(jnp.asarray(p), jnp.asarray(u), jnp.asarray(target)))
+    assert d.dtype == np.float32
+    return (np.asarray(p, np.float32) + d).astype(p.dtype), d
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("spread", [0, 1, 10, 60])
+def test_exact_delta_never_passes_its_target(dtype, spread):
+    rng = np.random.default_rng(spread)
+    info = jnp.finfo(dtype)
+    # Subnormal numbers of float32 are flushed to 0 by the hardware; those of float16 are ordinary in float32.
+    low = float(info.smallest_subnormal if dtype == jnp.float16 else info.tiny)
+
+    def wild():
+        a = rng.normal(size=20_000) * 2.0 ** rng.uniform(-spread, spread, 20_000)
+        return np.where(np.abs(a) < low, 0, np.clip(a, -float(info.max), float(info.max))).astype(dtype)
+
+    p, u, target = wild(), wild(), wild()
+    target[:2000] = 0
+    target[2000:4000] = p[2000:4000]
+    after, _ = stored(p, u, target)
+    exact, goal = np.float64(after), np.float64(target)
+    assert (np.abs(exact) <= np.abs(goal)).all()
+    assert (exact * goal >= 0).all()
+    np.testing.assert_array_equal(exact[:4000], goal[:4000])
+    # It falls short by one unit in the last place of p, of d or, in p's dtype, of the target.
+    unit = 2.0**-22 * np.maximum(np.abs(np.float64(p)), np.abs(goal)) + np.maximum(float(info.eps) * np.abs(goal), low)
+    assert (np.abs(goal) - np.abs(exact) <= unit).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: d.__name__)
+def test_exact_delta_leaves_an_update_that_meets_the_target(dtype):
+    p, u = normal(1000).astype(dtype), (normal(1000, seed=1) / 100).astype(np.float32)
+    target = (np.asarray(p, np.float32) + u).astype(dtype)
+    _, d = stored(p, u, target)
+    np.testing.assert_array_equal(d, u)
+
+
+@quick
+@given(
+    st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False), st.floats(2**-100, 1, width=32)
+)
+def test_exact_delta_of_a_clipped_weight(p, limit):
+    p, limit = np.float32(p), np.float32(limit)
+    after, _ = stored(p, np.float32(0), np.clip(p, -limit, limit))
+    assert abs(after) <= limit
+
+
+def test_exact_delta_at_the_ends_of_the_range():
+    p, target = np.float32([-3e38, 3e38, 1.0]), np.float32([3e38, -3e38, 3e38])
+    after, _ = stored(p, np.zeros_like(p), target)
+    assert np.isfinite(after).all() and (np.abs(after) <= np.float32(3e38)).all()
