@@ -173,7 +173,7 @@ def exact_sum(p: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def exact_delta(p: jax.Array, u: jax.Array, target: jax.Array) -> jax.Array:
-    """d such that p + d, rounded to p's dtype, is `target` or just short of it, nearer to 0; `u` where p + u is `target`.
+    """d such that p + d, rounded to p's dtype, is `target` or just short of it; `u` where p + u is `target`.
 
     target − p alone misses `target` in f32 and, if rounded to bf16, overshoots by a whole ulp. Here d is kept in
     float32 or wider. Where p + d lies beyond `target`, d was rounded away from it, so the float before d is on the

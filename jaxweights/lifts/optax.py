@@ -11,7 +11,7 @@ import optax
 
 from jaxweights.lifts.paths import Where, flatten, select
 from jaxweights.lifts.tree import TreeState, on_tree
-from jaxweights.numerics import exact_delta
+from jaxweights.numerics import exact_delta, exact_sum
 from jaxweights.techniques.weight_decay import weight_decay
 from jaxweights.transform import Scalar, Transform, check_scalar
 
@@ -72,18 +72,12 @@ def project(
         chosen = {i for i in chosen if u_leaves[i] is not None}
         moved = list(p_leaves)
         for i in chosen:
-            moved[i] = (p_leaves[i] + u_leaves[i]).astype(p_leaves[i].dtype)
+            moved[i] = exact_sum(p_leaves[i], u_leaves[i]).astype(p_leaves[i].dtype)
         moved_tree = jax.tree_util.tree_unflatten(treedef, moved)
         tree_state = lifted.update(moved_tree, state.transform, updates)
         targets = flatten(lifted.apply(moved_tree, tree_state))[1]
 
-        new = {}
-        for i in chosen:
-            p, u, target = p_leaves[i], u_leaves[i], targets[i]
-            delta = exact_delta(p, target)
-            # In 16 bits the compiler may compute p + u with or without rounding u first: then only delta is safe.
-            keep = target == moved[i] if delta.dtype == p.dtype else False
-            new[paths[i]] = jnp.where(keep, u.astype(delta.dtype), delta)
+        new = {paths[i]: exact_delta(p_leaves[i], u_leaves[i], targets[i]) for i in chosen}
         u_paths, flat, u_treedef = flatten(updates)
         replaced = [new.get(path, u) for path, u in zip(u_paths, flat, strict=True)]
         return jax.tree_util.tree_unflatten(u_treedef, replaced), ProjectState(tree_state)
