@@ -460,13 +460,15 @@ LEVELS = [
     ("linen of a module class", lambda: linen(clip, None, nn.Dense), T, "make an instance, Dense(...)"),
     ("linen of an NNX module", lambda: linen(clip, None, dense()), T, "nnx.transformed"),
     ("linen norm list", lambda: jw.linen.BatchNorm(False).init(KEY, [1.0]), T, ARRAY),
+    ("linen norm of a scalar", lambda: jw.linen.BatchNorm(False).init(KEY, x[0, 0]), V, "x[None]"),
+    ("nnx norm of a scalar", lambda: jw.nnx.BatchNorm(4)(x[0, 0]), V, "x[None]"),
     ("linen layer axis 1.5", lambda: jw.linen.LayerNorm(reduction_axes=1.5).init(KEY, x), T, "name axes as in (0, 1)"),
     ("linen layer of a scalar", lambda: jw.linen.LayerNorm().init(KEY, x[0, 0]), V, "x[None]"),
     ("linen layer list", lambda: jw.linen.LayerNorm().init(KEY, [1.0]), T, ARRAY),
     ("nnx of a module class", lambda: jw.nnx.transformed(nnx.Linear, clip), T, "make an instance, Linear(...)"),
     ("nnx rngs a key", lambda: jw.nnx.transformed(dense(), clip, rngs=KEY), T, "rngs must be an nnx.Rngs"),
     ("nnx norm size '4'", lambda: jw.nnx.BatchNorm("4"), T, INTEGER),
-    ("nnx norm size 0", lambda: jw.nnx.BatchNorm(0), V, "num_features must be at least 1"),
+    ("nnx norm size -1", lambda: jw.nnx.BatchNorm(-1), V, "each size in num_features must be at least 0"),
     ("nnx layer size 1.5", lambda: jw.nnx.LayerNorm(1.5), T, INTEGER),
 ]
 

@@ -36,7 +36,7 @@ def batch_stats(
     References: Ioffe and Szegedy, arXiv:1502.03167, 2015; Chan, Golub and LeVeque, Algorithms for Computing the
     Sample Variance, 1983.
     """
-    x = _check_features(x)
+    x = check_features(x)
     if where is not None:
         where = check_mask(where, x.shape)
     stats = moments(x, range(x.ndim - 1), where=where, axis_name=axis_name)
@@ -83,7 +83,7 @@ def batch_norm(
     References: Ioffe and Szegedy, Batch Normalization: Accelerating Deep Network Training by Reducing Internal
     Covariate Shift, arXiv:1502.03167, 2015.
     """
-    x = _check_features(x)
+    x = check_features(x)
     check_scalar("eps", eps, 0)
     if (mean is None) != (var is None):
         raise ValueError(f"{'mean' if mean is None else 'var'} is missing: give mean and var together, or neither")
@@ -205,7 +205,8 @@ def standardize(x, mean, var, scale, bias, eps) -> jax.Array:
     return y.astype(x.dtype)
 
 
-def _check_features(x) -> jax.Array:
+def check_features(x) -> jax.Array:
+    """`x` as a float array with a last axis, or an error."""
     x = check_weight(x, "x")
     if x.ndim < 1:
         raise ValueError("x must have a last axis of features, got a scalar: add one with x[None]")

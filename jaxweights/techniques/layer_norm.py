@@ -47,7 +47,7 @@ def layer_norm(
     References: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450, 2016.
     """
     x = check_weight(x, "x")
-    over = _check_axis(axis, x.shape)
+    over = check_axis(axis, x.shape)
     scale, bias = _per_feature("scale", scale, x.shape, over), _per_feature("bias", bias, x.shape, over)
     check_scalar("eps", eps, 0)
     mean, var, _ = moments(x, over)
@@ -68,7 +68,7 @@ def rms_norm(
     References: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467, 2019.
     """
     x = check_weight(x, "x")
-    over = _check_axis(axis, x.shape)
+    over = check_axis(axis, x.shape)
     scale = _per_feature("scale", scale, x.shape, over)
     check_scalar("eps", eps, 0)
     square = jnp.mean(jnp.square(x.astype(wide(x.dtype))), over, keepdims=True)
@@ -144,7 +144,8 @@ def instance_norm(
     return group_norm(x, scale, bias, n_groups=max(1, x.shape[-1]), eps=eps)
 
 
-def _check_axis(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
+def check_axis(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`axis` as sorted non-negative axes of an array of this shape, or an error."""
     axes = axis_tuple("axis", axis)
     ndim = len(shape)
     if not ndim:
