@@ -1,10 +1,11 @@
-"""Settings of the test run: CPU with eight devices, strict promotion of ranks and dtypes."""
+"""Settings of the test run: CPU, eight devices, and a TPU's compiler where libtpu is installed."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-
-import jax
-
-jax.config.update("jax_numpy_rank_promotion", "allow")
+# What libtpu asks of the machine, so that it compiles with no TPU at hand.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_WORKER_ID", "0")

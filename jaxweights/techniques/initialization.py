@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, fans
+from jaxweights.numerics import wide
 
 _TRUNCATED_STD = 0.87962566103423978  # standard deviation of a normal distribution cut at ±2
 Initializer = Callable[..., jax.Array]
@@ -138,7 +139,7 @@ def _checked_fans(shape: Sequence[int], axes: Axes | None) -> tuple[int, int]:
 
 def _normal(key, shape, dtype, std: float, truncated: bool) -> jax.Array:
     dtype = _checked_dtype(dtype)
-    draw_dtype = jnp.promote_types(dtype, jnp.float32)
+    draw_dtype = wide(dtype)
     if truncated:
         draw = jax.random.truncated_normal(key, -2, 2, shape, draw_dtype) * (std / _TRUNCATED_STD)
     else:
@@ -149,7 +150,7 @@ def _normal(key, shape, dtype, std: float, truncated: bool) -> jax.Array:
 def _uniform(key, shape, dtype, std: float) -> jax.Array:
     dtype = _checked_dtype(dtype)
     limit = math.sqrt(3) * std
-    return jax.random.uniform(key, shape, jnp.promote_types(dtype, jnp.float32), -limit, limit).astype(dtype)
+    return jax.random.uniform(key, shape, wide(dtype), -limit, limit).astype(dtype)
 
 
 def _checked_dtype(dtype) -> jnp.dtype:

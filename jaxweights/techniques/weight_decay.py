@@ -36,5 +36,5 @@ def weight_decay(grad: jax.Array, w: jax.Array, rate: Scalar) -> jax.Array:
     check_scalar("rate", rate, 0)
     if grad.shape != w.shape:
         raise ValueError(f"grad has shape {grad.shape} and w {w.shape}: pass the gradient of this weight")
-    dtype = wide(jnp.promote_types(grad.dtype, w.dtype))
+    dtype = max(wide(grad.dtype), wide(w.dtype), key=lambda d: d.itemsize)
     return (grad.astype(dtype) + jnp.asarray(rate, dtype) * w.astype(dtype)).astype(grad.dtype)

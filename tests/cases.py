@@ -1,0 +1,113 @@
+"""The table of cases: every technique and variant, as the contract tests see it.
+
+A new technique or variant is one new line here; `test_contract.py` then holds it to the whole contract.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+import jaxweights as jw
+
+KEY = jax.random.key(7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One technique or variant.
+
+    Attributes:
+      name: shown in the test's id.
+      transform: makes the spec, a new one at each call; None for techniques that are no transform.
+      function: w -> w' at the array level, for techniques that are no transform.
+      shape: of the weight.
+      idempotent: a second application changes nothing. Not so for an estimate that each step improves.
+    """
+
+    name: str
+    transform: Callable[[], jw.Transform] | None = None
+    function: Callable[[jax.Array], jax.Array] | None = None
+    shape: tuple[int, ...] = (64, 32)
+    idempotent: bool = True
+
+    def call(self, w: jax.Array) -> jax.Array:
+        """The technique as one function of a weight: init, update and apply for a transform."""
+        if self.function is not None:
+            return self.function(w)
+        assert self.transform is not None
+        t = self.transform()
+        state = t.init(jax.lax.stop_gradient(w), KEY)
+        state = t.update(jax.lax.stop_gradient(w), state)
+        return t.apply(w, {n: a if n in t.learned else jax.lax.stop_gradient(a) for n, a in state.items()})
+
+
+def halving(step):
+    """A schedule: 1/2, 1/4, 1/8 ..."""
+    return 0.5 ** (step.astype(jnp.float32) + 1.0)
+
+
+def growing(step):
+    """A schedule of sparsities: 0, 0.3, 0.6, 0.9, 0.9 ..."""
+    return jnp.minimum(0.3 * step.astype(jnp.float32), 0.9)
+
+
+ATTENTION = (16, 4, 8)
+CONV = (3, 3, 16, 32)
+STACK = (3, 16, 32)
+stack_axes = jw.Axes(input=-2, output=-1, batch=0)
+depthwise = jw.axes.depthwise(32)
+
+
+def per_feature(w, value):
+    """A parameter of a norm over the last axis of `w`."""
+    return jnp.full(w.shape[-1:], value, w.dtype)
+
+
+TRANSFORMS = [
+    Case("weight_norm", lambda: jw.WeightNorm()),
+    Case("weight_norm attention", lambda: jw.WeightNorm(jw.axes.ATTENTION_IN), shape=ATTENTION),
+    Case("weight_norm vector", lambda: jw.WeightNorm(), shape=(64,)),
+    Case("spectral_norm", lambda: jw.SpectralNorm(), idempotent=False),
+    Case("spectral_norm 3 steps", lambda: jw.SpectralNorm(n_steps=3), idempotent=False),
+    Case("spectral_norm attention", lambda: jw.SpectralNorm(1, jw.axes.ATTENTION_OUT), shape=(4, 8, 16), idempotent=False),
+    Case("spectral_norm conv", lambda: jw.SpectralNorm(), shape=CONV, idempotent=False),
+    Case("spectral_norm stack", lambda: jw.SpectralNorm(1, stack_axes), shape=STACK, idempotent=False),
+    Case("spectral_norm depthwise", lambda: jw.SpectralNorm(1, depthwise), shape=(3, 3, 1, 64), idempotent=False),
+    Case("clip_weights", lambda: jw.ClipWeights(0.5)),
+    Case("clip_weights schedule", lambda: jw.ClipWeights(halving)),
+    Case("clip_norm", lambda: jw.ClipNorm(1.0)),
+    Case("clip_norm conv", lambda: jw.ClipNorm(1.0), shape=CONV),
+    Case("clip_norm schedule", lambda: jw.ClipNorm(halving)),
+    Case("share_weights", lambda: jw.ShareWeights(8)),
+    Case("share_weights hash", lambda: jw.ShareWeights(8, seed=0)),
+    Case("fake_quantize", lambda: jw.FakeQuantize(4)),
+    Case("fake_quantize per unit", lambda: jw.FakeQuantize(4, per_unit=True), shape=CONV),
+    Case("sparsify", lambda: jw.Sparsify(0.5)),
+    Case("sparsify schedule", lambda: jw.Sparsify(halving)),
+    Case("prune", lambda: jw.Prune(0.7)),
+    Case("prune schedule", lambda: jw.Prune(growing), shape=CONV),
+    Case("chain", lambda: jw.Chain(jw.SpectralNorm(), jw.WeightNorm(), jw.ClipWeights(halving)), idempotent=False),
+]
+
+FUNCTIONS = [
+    Case("weight_decay", function=lambda w: jw.weight_decay(w / 2, w, 0.1)),
+    Case("batch_norm", function=lambda x: jw.batch_norm(x, per_feature(x, 2), per_feature(x, 1))),
+    Case("batch_norm masked", function=lambda x: jw.batch_norm(x, where=jnp.arange(x.shape[0])[:, None] < 40)),
+    Case(
+        "fold_batch_norm",
+        function=lambda w: jw.fold_batch_norm(w, mean=per_feature(w, 1), var=per_feature(w, 2))[0],
+        shape=CONV,
+    ),
+    Case("layer_norm", function=lambda x: jw.layer_norm(x, per_feature(x, 2), per_feature(x, 1))),
+    Case("rms_norm", function=lambda x: jw.rms_norm(x, per_feature(x, 2))),
+    Case("group_norm", function=lambda x: jw.group_norm(x, n_groups=4), shape=(4, 6, 32)),
+    Case("instance_norm", function=jw.instance_norm, shape=(4, 6, 32)),
+    Case("spectral_normalize exact", function=jw.spectral_normalize),
+    Case("weight_normalize", function=jw.weight_normalize),
+    Case("he_normal", function=lambda w: w + jw.he_normal(KEY, w.shape, w.dtype)),
+    Case("xavier_uniform", function=lambda w: w + jw.xavier_uniform(KEY, w.shape, w.dtype)),
+]
+
+CASES = TRANSFORMS + FUNCTIONS
