@@ -1,0 +1,145 @@
+"""One small CNN, written in Flax Linen and in Flax NNX, and what a training loop needs of either.
+
+Two strided convolutions, a hidden layer and a head, each of the first three followed by a norm of choice. Both
+versions name their parameters alike ("conv1/kernel", "norm1/scale"), so the weights of one fit the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import jaxweights as jw
+
+CLASSES = 10
+CHANNELS = (16, 32)
+HIDDEN = 64
+STATE = "weight_transform"
+"""Where a transformed module keeps the state of its transform."""
+
+
+class LinenCNN(nn.Module):
+    norms: tuple[str, str, str]
+    kernel_init: Callable
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        conv = lambda n, name: nn.Conv(n, (3, 3), strides=2, kernel_init=self.kernel_init, name=name)
+        dense = lambda n, name: nn.Dense(n, kernel_init=self.kernel_init, name=name)
+        x = nn.relu(self.norm(1, train)(conv(CHANNELS[0], "conv1")(x)))
+        x = nn.relu(self.norm(2, train)(conv(CHANNELS[1], "conv2")(x)))
+        x = x.reshape(len(x), -1)
+        x = nn.relu(self.norm(3, train)(dense(HIDDEN, "hidden")(x)))
+        return dense(CLASSES, "head")(x)
+
+    def norm(self, i: int, train: bool):
+        match self.norms[i - 1]:
+            case "batch":
+                return jw.linen.BatchNorm(use_running_average=not train, momentum=0.9, name=f"norm{i}")
+            case "layer":
+                return jw.linen.LayerNorm(name=f"norm{i}")
+        return lambda x: x
+
+    def export(self):
+        """All variables as this module computes with them: inside a `Transformed`, with transformed weights."""
+        return self.variables
+
+
+class NNXCNN(nnx.Module):
+    def __init__(self, image_shape, norms: tuple[str, str, str], kernel_init: Callable, *, rngs: nnx.Rngs):
+        height, width, channels = image_shape
+        conv = lambda m, n: nnx.Conv(m, n, (3, 3), strides=2, kernel_init=kernel_init, rngs=rngs)
+        dense = lambda m, n: nnx.Linear(m, n, kernel_init=kernel_init, rngs=rngs)
+        positions = -(-height // 4) * -(-width // 4)
+        self.conv1, self.norm1 = conv(channels, CHANNELS[0]), self.norm(norms[0], CHANNELS[0])
+        self.conv2, self.norm2 = conv(*CHANNELS), self.norm(norms[1], CHANNELS[1])
+        self.hidden, self.norm3 = dense(positions * CHANNELS[1], HIDDEN), self.norm(norms[2], HIDDEN)
+        self.head = dense(HIDDEN, CLASSES)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm1(self.conv1(x)))
+        x = nnx.relu(self.norm2(self.conv2(x)))
+        x = x.reshape(len(x), -1)
+        x = nnx.relu(self.norm3(self.hidden(x)))
+        return self.head(x)
+
+    @staticmethod
+    def norm(kind: str, features: int):
+        match kind:
+            case "batch":
+                return jw.nnx.BatchNorm(features, momentum=0.9)
+            case "layer":
+                return jw.nnx.LayerNorm(features)
+        return lambda x: x
+
+    def export(self):
+        """All variables as this module computes with them, laid out as Linen does."""
+        params, stats = nnx.state(self, nnx.Param), nnx.state(self, nnx.BatchStat)
+        return {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(stats)}
+
+
+class Model(NamedTuple):
+    """What training needs to know of a model, whatever it is written in."""
+
+    params: Any
+    """What the optimizer moves."""
+    rest: Any
+    """What the model moves itself: running statistics, the state of a transform."""
+    forward: Callable[..., tuple[jax.Array, Any]]
+    """(params, rest, images, train) -> (logits, rest)."""
+    export: Callable[..., Any]
+    """(params, rest) -> the variables of a plain `LinenCNN` that computes the same."""
+
+
+def linen_model(image_shape, norms, kernel_init, transform=None, *, seed: int = 0) -> Model:
+    model = LinenCNN(norms, kernel_init)
+    if transform:
+        model = jw.linen.Transformed(model, transform)
+    rest = jax.jit(model.init, static_argnames="train")(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=True)
+    params = rest.pop("params")
+
+    def forward(params, rest, images, train):
+        return model.apply({"params": params, **rest}, images, train, mutable=list(rest) if train else [])
+
+    def export(params, rest):
+        return _plain(model.apply({"params": params, **rest}, method="export"))
+
+    return Model(params, rest, forward, export)
+
+
+def nnx_model(image_shape, norms, kernel_init, transform=None, *, seed: int = 0) -> Model:
+    """The same model with the same initial weights: they are made by `linen_model` and loaded here."""
+
+    def build():
+        model = NNXCNN(image_shape, norms, kernel_init, rngs=nnx.Rngs(0))
+        return jw.nnx.transformed(model, transform) if transform else model
+
+    model = nnx.eval_shape(build)
+    params, rest, *_ = linen_model(image_shape, norms, kernel_init, transform, seed=seed)
+    state = {"learned": params.pop(STATE, {}), "fixed": rest.get(STATE, {})}
+    for part in (params, rest.get("batch_stats", {}), {STATE: state} if transform else {}):
+        nnx.update(model, part)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def forward(params, rest, images, train):
+        model = nnx.merge(graph, params, rest, copy=True)
+        model.train() if train else model.eval()
+        return model(images), nnx.state(model, nnx.Not(nnx.Param))
+
+    def export(params, rest):
+        model = nnx.merge(graph, params, rest)
+        model.eval()
+        return _plain(model.export())
+
+    return Model(params, rest, forward, export)
+
+
+def _plain(variables) -> dict:
+    """`variables` without the state of a transform."""
+    params = {name: layer for name, layer in variables["params"].items() if name != STATE}
+    return {"params": params, "batch_stats": variables.get("batch_stats", {})}
