@@ -62,6 +62,20 @@ def _(primals, tangents):
     return primals[1], tangents[0].astype(primals[1].dtype)
 
 
+def automatic(f, w: jax.Array, *arguments, like: jax.Array | None = None):
+    """f(w, *arguments) with the shardings inside left to the compiler, whatever kind of mesh `w` lies on.
+
+    On a mesh of explicit axes (`jax.make_mesh`'s default) a contraction or a scatter over a sharded axis must be told how its
+    result is sharded. This says it once: as `like`, or replicated, which suits the small results of a reduction.
+    """
+    mesh = jax.typeof(w).sharding.mesh
+    if mesh.empty or not mesh.explicit_axes:
+        return f(w, *arguments)
+    out = jax.sharding.PartitionSpec() if like is None else jax.typeof(like).sharding.spec
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(f, out_sharding=out)(w, *arguments)
+
+
 def moments(
     x: jax.Array, axis: Sequence[int], *, where: jax.Array | None = None, axis_name=None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -71,10 +71,12 @@ TRANSFORMS = [
     Case("weight_norm vector", lambda: jw.WeightNorm(), shape=(64,)),
     Case("spectral_norm", lambda: jw.SpectralNorm(), idempotent=False),
     Case("spectral_norm 3 steps", lambda: jw.SpectralNorm(n_steps=3), idempotent=False),
-    Case("spectral_norm attention", lambda: jw.SpectralNorm(1, jw.axes.ATTENTION_OUT), shape=(4, 8, 16), idempotent=False),
+    Case(
+        "spectral_norm attention", lambda: jw.SpectralNorm(1, jw.axes.ATTENTION_OUT), shape=(4, 8, 16), idempotent=False
+    ),
     Case("spectral_norm conv", lambda: jw.SpectralNorm(), shape=CONV, idempotent=False),
     Case("spectral_norm stack", lambda: jw.SpectralNorm(1, stack_axes), shape=STACK, idempotent=False),
-    Case("spectral_norm depthwise", lambda: jw.SpectralNorm(1, depthwise), shape=(3, 3, 1, 64), idempotent=False),
+    Case("spectral_norm depthwise", lambda: jw.SpectralNorm(1, depthwise), shape=(3, 3, 1, 256), idempotent=False),
     Case("clip_weights", lambda: jw.ClipWeights(0.5)),
     Case("clip_weights schedule", lambda: jw.ClipWeights(halving)),
     Case("clip_norm", lambda: jw.ClipNorm(1.0)),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading, axes_or_default
-from jaxweights.numerics import safe_divide, safe_norm, wide
+from jaxweights.numerics import automatic, safe_divide, safe_norm, wide
 from jaxweights.transform import Transform, check_integer, check_state, check_weight
 
 _INITIAL_STEPS = 15
@@ -120,20 +120,28 @@ class SpectralNorm(Transform):
         product = _Product.of(check_weight(w), self.axes)
         u = jax.random.normal(key, product.row_shape, product.dtype)
         v = jax.random.normal(jax.random.fold_in(key, 1), product.column_shape, product.dtype)
-        state = {"u": product.unit(u), "v": product.unit(v)}
-        return jax.lax.fori_loop(0, _INITIAL_STEPS, lambda _, s: product.step(s), state)
+        return self._iterate(w, {"u": product.unit(u), "v": product.unit(v)}, _INITIAL_STEPS)
 
     def update(self, w, state, grad=None):
         """`n_steps` steps of power iteration."""
-        product = _Product.of(check_weight(w), self.axes)
-        check_state(state, u=product.row_shape, v=product.column_shape)
-        return jax.lax.fori_loop(0, self.n_steps, lambda _, s: product.step(s), state)
+        return self._iterate(check_weight(w), state, self.n_steps)
 
     def apply(self, w, state):
         """w / uᵀWv."""
         product = _Product.of(check_weight(w), self.axes)
         check_state(state, u=product.row_shape, v=product.column_shape)
-        return spectral_normalize(w, product.sigma(state["u"], state["v"]), axes=self.axes)
+        sigma = automatic(lambda w, u, v: _Product.of(w, self.axes).sigma(u, v), w, state["u"], state["v"])
+        return spectral_normalize(w, sigma, axes=self.axes)
+
+    def _iterate(self, w, state, n_steps: int):
+        product = _Product.of(w, self.axes)
+        check_state(state, u=product.row_shape, v=product.column_shape)
+
+        def run(w, state):
+            product = _Product.of(w, self.axes)
+            return jax.lax.fori_loop(0, n_steps, lambda _, s: product.step(s), state)
+
+        return automatic(run, w, state)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxweights.numerics import wide
+from jaxweights.numerics import automatic, wide
 from jaxweights.transform import Transform, check_integer, check_shape, check_state, check_weight
 
 _LLOYD_STEPS = 50
@@ -57,7 +57,7 @@ def share(codebook: jax.Array, index: jax.Array) -> jax.Array:
 def cluster(w: jax.Array, n_clusters: int) -> tuple[jax.Array, jax.Array]:
     """Groups the values of a weight in `n_clusters` clusters (k-means in one dimension).
 
-    Minimises Σᵢ (wᵢ − codebook[indexᵢ])² by Lloyd's iteration from centroids spaced evenly over the range of
+    Minimises Σᵢ (wᵢ − codebook[indexᵢ])², locally, by Lloyd's iteration from centroids spaced evenly over the range of
     `w`, until no centroid moves or 50 steps are made. The centroids stay sorted.
 
     Args:
@@ -86,17 +86,7 @@ def cluster(w: jax.Array, n_clusters: int) -> tuple[jax.Array, jax.Array]:
     if w.size == 0:
         raise ValueError(f"w of shape {w.shape} has no values to cluster: leave it out of `where`")
     x = w.astype(wide(w.dtype))
-    low, high = jnp.min(x), jnp.max(x)
-    fraction = jnp.linspace(0, 1, n_clusters, dtype=x.dtype)
-    start = low * (1 - fraction) + high * fraction
-
-    def move(state):
-        step, centroids, _ = state
-        new = jnp.sort(_group_means(x, _nearest(x, centroids), centroids))
-        return step + 1, new, jnp.any(new != centroids)
-
-    going = lambda state: (state[0] < _LLOYD_STEPS) & state[2]
-    _, centroids, _ = jax.lax.while_loop(going, move, (0, start, jnp.array(True)))
+    centroids = automatic(lambda x: _lloyd(x, n_clusters), x)
     return centroids.astype(w.dtype), _nearest(x, centroids)
 
 
@@ -238,10 +228,28 @@ class ShareWeights(Transform):
         """The mean of each group, at each of its positions."""
         w = check_weight(w)
         check_state(state, index=w.shape)
-        x = w.astype(wide(w.dtype))
-        rough = _group_means(x, state["index"], jnp.zeros(self.n, x.dtype))
-        means = _group_means(x, state["index"], jax.lax.stop_gradient(rough))
-        return share(means, state["index"]).astype(w.dtype)
+
+        def average(w, index):
+            x = w.astype(wide(w.dtype))
+            rough = _group_means(x, index, jnp.zeros(self.n, x.dtype))
+            return share(_group_means(x, index, jax.lax.stop_gradient(rough)), index).astype(w.dtype)
+
+        return automatic(average, w, state["index"], like=w)
+
+
+def _lloyd(x: jax.Array, n: int) -> jax.Array:
+    """Lloyd's iteration from `n` centroids spaced evenly over the range of `x`."""
+    low, high = jnp.min(x), jnp.max(x)
+    fraction = jnp.linspace(0, 1, n, dtype=x.dtype)
+    start = low * (1 - fraction) + high * fraction
+
+    def move(state):
+        step, centroids, _ = state
+        new = jnp.sort(_group_means(x, _nearest(x, centroids), centroids))
+        return step + 1, new, jnp.any(new != centroids)
+
+    going = lambda state: (state[0] < _LLOYD_STEPS) & state[2]
+    return jax.lax.while_loop(going, move, (0, start, jnp.array(True)))[1]
 
 
 def _nearest(x: jax.Array, centroids: jax.Array) -> jax.Array:
@@ -257,4 +265,5 @@ def _group_means(x: jax.Array, index: jax.Array, centre: jax.Array) -> jax.Array
     before it, so that it does not overflow.
     """
     count = jnp.zeros(centre.shape, jnp.int32).at[index].add(1)
-    return centre.at[index].add((x - centre[index]) / count[index])
+    part = (x - centre[index]) / count[index].astype(x.dtype)
+    return centre + jnp.zeros_like(centre).at[index].add(part)

@@ -129,7 +129,10 @@ class Scanned(nn.Module):
     def __call__(self, x):
         body = nn.remat(nn.Dense)
         stack = nn.scan(
-            lambda layer, carry, _: (layer(carry), None), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            lambda layer, carry, _: (layer(carry), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
         )
         return stack(body(6, name="layers"), x, None)[0]
 
