@@ -69,7 +69,8 @@ def batch_norm(
       eps: ε >= 0.
 
     Returns:
-      Array of the shape and dtype of `x`, computed in float32 or wider.
+      Array of the shape and dtype of `x`, computed in float32 or wider. A feature that is constant,
+      or whose variance is beyond the range of float32, becomes 0 before `scale` and `bias`; NaN stays in its feature.
 
     Raises:
       TypeError: `x`, `scale`, `bias`, `mean` or `var` is not a float array.

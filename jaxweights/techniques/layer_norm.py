@@ -33,7 +33,8 @@ def layer_norm(
       eps: ε >= 0.
 
     Returns:
-      Array of the shape and dtype of `x`, computed in float32 or wider.
+      Array of the shape and dtype of `x`, computed in float32 or wider. A sample that is constant,
+      or whose variance is beyond the range of float32, becomes 0 before `scale` and `bias`; NaN stays in its sample.
 
     Raises:
       TypeError: `x`, `scale` or `bias` is not a float array.

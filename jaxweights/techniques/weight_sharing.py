@@ -261,9 +261,9 @@ def _nearest(x: jax.Array, centroids: jax.Array) -> jax.Array:
 def _group_means(x: jax.Array, index: jax.Array, centre: jax.Array) -> jax.Array:
     """centre + mean of (x − centre) over each group; `centre` for groups without members.
 
-    Only n sums cross devices. The nearer `centre` is to the means, the less a long sum rounds; the division comes
-    before it, so that it does not overflow.
+    Only n sums cross devices. The nearer `centre` is to the means, the less a long sum rounds. It is divided by the
+    size of `x` before, so that it does not overflow, and multiplied after, or XLA would sum on top of `centre`.
     """
     count = jnp.zeros(centre.shape, jnp.int32).at[index].add(1)
-    part = (x - centre[index]) / count[index].astype(x.dtype)
-    return centre + jnp.zeros_like(centre).at[index].add(part)
+    total = jnp.zeros_like(centre).at[index].add((x - centre[index]) / x.size)
+    return centre + total * (x.size / jnp.maximum(count, 1).astype(x.dtype))

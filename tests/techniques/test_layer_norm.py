@@ -1,0 +1,182 @@
+"""Layer, RMS, group and instance normalization, against float64 NumPy and PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jaxweights as jw
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def standardized(x, over, eps=1e-6):
+    x = np.float64(x)
+    return (x - x.mean(over, keepdims=True)) / np.sqrt(x.var(over, keepdims=True) + eps)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("shape", "axis", "feature_shape", "expand"),
+    [
+        ((6,), -1, (6,), (6,)),
+        ((4, 6), -1, (6,), (6,)),
+        ((4, 5, 6), 1, (5,), (5, 1)),
+        ((4, 5, 6), (1, 2), (5, 6), (5, 6)),
+        ((4, 5, 6), (-1, 0), (4, 6), (4, 1, 6)),
+    ],
+)
+def test_layer_and_rms_norm(shape, axis, feature_shape, expand, dtype):
+    x = jnp.asarray(normal(*shape) * 2 + 3, dtype)
+    scale, bias = np.float32(normal(*feature_shape, seed=1)), np.float32(normal(*feature_shape, seed=2))
+    tolerance = 16 * float(jnp.finfo(dtype).eps)
+    out = jw.layer_norm(x, jnp.asarray(scale), jnp.asarray(bias), axis=axis)
+    assert out.dtype == dtype
+    expected = standardized(x, axis) * scale.reshape(expand) + bias.reshape(expand)
+    np.testing.assert_allclose(np.float64(out), expected, atol=tolerance)
+    np.testing.assert_allclose(
+        np.float64(jw.layer_norm(x, axis=axis, eps=0.5)), standardized(x, axis, 0.5), atol=tolerance
+    )
+
+    exact = np.float64(x)
+    rms = exact / np.sqrt((exact**2).mean(axis, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(np.float64(jw.rms_norm(x, axis=axis)), rms, atol=tolerance)
+    scaled = jw.rms_norm(x, jnp.asarray(scale), axis=axis)
+    np.testing.assert_allclose(np.float64(scaled), rms * scale.reshape(expand), atol=tolerance)
+
+
+@pytest.mark.parametrize(("shape", "n_groups"), [((3, 6), 2), ((3, 6), 1), ((2, 4, 6), 3), ((2, 4, 5, 6), 6)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_group_norm(shape, n_groups, dtype):
+    x, scale, bias = (
+        jnp.asarray(normal(*shape) + 2, dtype),
+        np.float32(normal(6, seed=1)),
+        np.float32(normal(6, seed=2)),
+    )
+    grouped = np.float64(x).reshape(shape[0], -1, n_groups, 6 // n_groups)
+    expected = standardized(grouped, (1, 3)).reshape(shape)
+    tolerance = 16 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float64(jw.group_norm(x, n_groups=n_groups)), expected, atol=tolerance)
+    out = jw.group_norm(x, jnp.asarray(scale), jnp.asarray(bias), n_groups=n_groups)
+    np.testing.assert_allclose(np.float64(out), expected * scale + bias, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4), (2, 3, 4, 5)])
+def test_instance_norm(shape):
+    x, scale = jnp.float32(normal(*shape) + 2), np.float32(normal(shape[-1], seed=1))
+    expected = standardized(x, tuple(range(1, len(shape) - 1))) * scale
+    np.testing.assert_allclose(jw.instance_norm(x, jnp.asarray(scale)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["layer", "rms", "group", "instance"])
+def test_torch(name):
+    torch = pytest.importorskip("torch", reason="PyTorch is the second oracle")
+    functional = torch.nn.functional
+    scale, bias = normal(6, seed=1), normal(6, seed=2)
+    first = lambda x: torch.movedim(x, -1, 1)
+    last = lambda x: torch.movedim(x, 1, -1)
+    ours, theirs = {
+        "layer": (jw.layer_norm, lambda x, w, b: functional.layer_norm(x, (6,), w, b, eps=1e-6)),
+        "rms": (lambda x, w, b: jw.rms_norm(x, w), lambda x, w, b: functional.rms_norm(x, (6,), w, eps=1e-6)),
+        "group": (
+            lambda x, w, b: jw.group_norm(x, w, b, n_groups=2),
+            lambda x, w, b: last(functional.group_norm(first(x), 2, w, b, eps=1e-6)),
+        ),
+        "instance": (
+            jw.instance_norm,
+            lambda x, w, b: last(functional.instance_norm(first(x), weight=w, bias=b, eps=1e-6)),
+        ),
+    }[name]
+    for precision, tolerance in ((np.float32, 1e-5), (np.float64, 1e-12)):
+        args = [a.astype(precision) for a in (normal(4, 5, 3, 6) * 2 + 1, scale, bias)]
+        cotangent = normal(4, 5, 3, 6, seed=5).astype(precision)
+        tensors = [torch.from_numpy(a).requires_grad_() for a in args]
+        expected = theirs(*tensors)
+        expected.backward(torch.from_numpy(cotangent))
+        with jax.enable_x64(precision is np.float64):
+            out, pull = jax.vjp(ours, *map(jnp.asarray, args))
+            gradients = pull(jnp.asarray(cotangent))
+        np.testing.assert_allclose(out, expected.detach().numpy(), atol=tolerance)
+        for found, tensor in zip(gradients, tensors, strict=True):
+            if tensor.grad is not None:
+                np.testing.assert_allclose(found, tensor.grad.numpy(), atol=20 * tolerance)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        jw.layer_norm,
+        jw.rms_norm,
+        lambda x: jw.layer_norm(x, axis=(0, 2)),
+        lambda x: jw.group_norm(x, n_groups=2),
+        jw.instance_norm,
+    ],
+)
+def test_gradient(f):
+    with jax.enable_x64(True):
+        check_grads(jax.jit(f), (jnp.asarray(normal(3, 2, 4)),), order=1, rtol=1e-6)
+
+
+NORMS = [jw.layer_norm, jw.rms_norm, lambda x, **k: jw.group_norm(x, n_groups=1, **k), jw.instance_norm]
+
+
+def test_a_distant_mean_keeps_its_digits():
+    x = np.float32(normal(64, 512) + 1e4)
+    np.testing.assert_allclose(jw.layer_norm(jnp.asarray(x)), standardized(x, -1), atol=5e-3)
+
+
+@pytest.mark.parametrize("f", NORMS)
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_constant_samples(f, eps, value):
+    x = jnp.full((2, 3, 4), value)
+    out, pull = jax.vjp(lambda x: f(x, eps=eps), x)
+    expected = 1 if f is jw.rms_norm and value else 0
+    np.testing.assert_allclose(out, jnp.full((2, 3, 4), expected), atol=1e-6)
+    assert jnp.isfinite(pull(jnp.ones_like(x))[0]).all()
+
+
+@pytest.mark.parametrize("f", NORMS)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_nothing(f, shape):
+    assert f(jnp.ones(shape)).shape == shape
+
+
+@pytest.mark.parametrize("f", NORMS)
+def test_float16_is_computed_in_float32(f):
+    x = jnp.float16([[[6e4], [-6e4], [6e4], [-6e4]]]).swapaxes(1, 1 if f is jw.instance_norm else 2)
+    np.testing.assert_array_equal(f(x).ravel(), [1, -1, 1, -1])
+
+
+@pytest.mark.parametrize("f", NORMS)
+def test_samples_too_large_for_float32_squares_are_zero(f):
+    out, pull = jax.vjp(f, jnp.float32(normal(2, 3, 4)) * 1e30)
+    assert not out.any() and jnp.isfinite(pull(jnp.ones_like(out))[0]).all()
+
+
+def test_nan_stays_in_its_sample():
+    out = jw.layer_norm(jnp.array([[jnp.nan, 1.0], [1.0, 3.0]]))
+    assert jnp.isnan(out[0]).all()
+    np.testing.assert_allclose(out[1], [-1, 1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: jw.layer_norm(jnp.float32(1)), ValueError, "scalar"),
+        (lambda: jw.layer_norm(jnp.ones((2, 3)), jnp.ones(2)), ValueError, r"scale must have shape \(3,\)"),
+        (lambda: jw.layer_norm(jnp.ones((2, 3)), axis=2), ValueError, "axis"),
+        (lambda: jw.layer_norm(jnp.ones((2, 3)), axis=(1, -1)), ValueError, "axis"),
+        (lambda: jw.layer_norm(jnp.ones((2, 3)), axis=()), ValueError, "axis"),
+        (lambda: jw.layer_norm(jnp.ones((2, 3)), eps=-1.0), ValueError, "eps"),
+        (lambda: jw.group_norm(jnp.ones((2, 3)), n_groups=2), ValueError, "does not divide"),
+        (lambda: jw.group_norm(jnp.ones(3), n_groups=1), ValueError, "batch"),
+        (lambda: jw.instance_norm(jnp.ones((2, 3))), ValueError, "positions"),
+    ],
+)
+def test_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,145 @@
+"""Spectral normalization: the largest singular value, against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jaxweights as jw
+from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, CONV_TRANSPOSE_KERNEL, DENSE, Axes, depthwise
+
+# (shape, axes, the matrices as NumPy reads them, batch first)
+READINGS = [
+    ((), None, lambda w: w.reshape(1, 1)),
+    ((5,), None, lambda w: w[:, None]),
+    ((4, 7), None, lambda w: w),
+    ((3, 2, 4, 5), CONV, lambda w: w.reshape(24, 5)),
+    ((3, 2, 5, 4), CONV_TRANSPOSE_KERNEL, lambda w: w.swapaxes(2, 3).reshape(24, 5)),
+    ((6, 2, 3), ATTENTION_IN, lambda w: w.reshape(6, 6)),
+    ((2, 3, 5), ATTENTION_OUT, lambda w: w.reshape(6, 5)),
+    ((4, 5, 3), DENSE.stacked(), lambda w: w),
+    ((5, 4, 2, 3), Axes(input=0, output=3, batch=(2, 1)), lambda w: w.transpose(2, 1, 0, 3)),
+    ((3, 3, 2, 6), depthwise(3), lambda w: w.reshape(18, 3, 2).swapaxes(0, 1)),
+    ((2, 3, 4, 6), Axes(input=2, output=3, batch=0, groups=2), lambda w: w.reshape(2, 12, 2, 3).swapaxes(1, 2)),
+]
+readings = pytest.mark.parametrize(("shape", "axes", "read"), READINGS)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def sigma(matrices):
+    return np.linalg.svd(matrices, compute_uv=False)[..., 0]
+
+
+@readings
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_formula(shape, axes, read, dtype):
+    w = jnp.asarray(normal(*shape), dtype)
+    found = jw.spectral_norm(w, axes=axes)
+    expected = sigma(read(np.float64(w)))
+    assert found.dtype == jnp.float32 and found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+    normalized = jw.spectral_normalize(w, axes=axes)
+    assert normalized.shape == shape and normalized.dtype == dtype
+    np.testing.assert_allclose(sigma(read(np.float64(normalized))), 1, rtol=2 * float(jnp.finfo(dtype).eps) + 1e-5)
+    ratio = read(np.float64(normalized)) * expected[..., None, None]
+    np.testing.assert_allclose(ratio, read(np.float64(w)), rtol=2 * float(jnp.finfo(dtype).eps) + 1e-5)
+    np.testing.assert_allclose(jw.spectral_normalize(w, found, axes=axes), normalized)
+
+
+@readings
+def test_transform_converges_to_the_formula(shape, axes, read):
+    w, t = jnp.float32(normal(*shape)), jw.SpectralNorm(n_steps=200, axes=axes)
+    state = jax.jit(lambda w: t.update(w, t.init(w, jax.random.key(0))))(w)
+    np.testing.assert_allclose(sigma(read(np.float64(t.apply(w, state)))), 1, rtol=1e-3)
+    np.testing.assert_allclose(t.apply(w, state), jw.spectral_normalize(w, axes=axes), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("shape", "axes", "read"), [READINGS[2], READINGS[7], READINGS[9]])
+def test_gradient(shape, axes, read):
+    with jax.enable_x64(True):
+        w = jnp.asarray(normal(*shape))
+        check_grads(jax.jit(lambda w: jw.spectral_norm(w, axes=axes)), (w,), order=1, rtol=1e-6)
+        check_grads(jax.jit(lambda w: jw.spectral_normalize(w, axes=axes)), (w,), order=1, rtol=1e-6)
+
+
+def test_gradient_is_that_of_the_leading_singular_vectors():
+    w = np.float32(normal(6, 4))
+    u, _, vt = np.linalg.svd(w.astype(np.float64))
+    np.testing.assert_allclose(jax.grad(jw.spectral_norm)(jnp.asarray(w)), np.outer(u[:, 0], vt[0]), atol=1e-5)
+
+
+def test_transform_gradient_meets_the_exact_one():
+    w, t = jnp.float32(normal(6, 4)), jw.SpectralNorm(n_steps=200)
+    state = t.update(w, t.init(w, jax.random.key(0)))
+    total = lambda f: jax.grad(lambda w: jnp.sum(jnp.sin(f(w))))(w)
+    np.testing.assert_allclose(total(lambda w: t.apply(w, state)), total(jw.spectral_normalize), atol=1e-4)
+
+
+def test_equal_singular_values_have_a_finite_gradient():
+    gradient = jax.grad(lambda w: jw.spectral_normalize(w).sum())(jnp.eye(3))
+    assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(jnp.float32, 1e30), (jnp.float32, 1e-25), (jnp.bfloat16, 1e30), (jnp.float16, 1e4)]
+)
+def test_huge_and_tiny_weights(dtype, size):
+    unit = np.diag([1.0, 4.0, 2.0])
+    w, t = jnp.asarray(unit * size, dtype), jw.SpectralNorm(n_steps=30)
+    np.testing.assert_allclose(jw.spectral_norm(w), float(w[1, 1]), rtol=1e-5)
+    tolerance = 2 * float(jnp.finfo(dtype).eps) + 1e-6
+    np.testing.assert_allclose(np.float64(jw.spectral_normalize(w)), unit / 4, atol=tolerance)
+    state = t.update(w, t.init(w, jax.random.key(0)))
+    np.testing.assert_allclose(np.float64(t.apply(w, state)), unit / 4, atol=tolerance)
+    # The gradient of the ratio w₀₀/w₁₁.
+    for f in (jw.spectral_normalize, lambda w: t.apply(w, state)):
+        gradient = jax.grad(lambda w, f=f: f(w).astype(jnp.float32)[0, 0])(w)
+        np.testing.assert_allclose(np.float64(gradient) * size, [[0.25, 0, 0], [0, -1 / 16, 0], [0, 0, 0]], atol=0.01)
+
+
+def test_zero_weights():
+    w, t = jnp.zeros((4, 3)), jw.SpectralNorm()
+    state = t.init(w, jax.random.key(0))
+    state = t.update(w, state)
+    for f in (jw.spectral_normalize, lambda w: t.apply(w, state)):
+        out, pull = jax.vjp(f, w)
+        assert not out.any() and jnp.isfinite(pull(jnp.ones_like(w))[0]).all()
+    assert jw.spectral_norm(w) == 0
+    # The iteration goes on when the weight is no longer zero.
+    w = jnp.float32(normal(4, 3))
+    state = jw.SpectralNorm(n_steps=200).update(w, state)
+    np.testing.assert_allclose(sigma(np.float64(t.apply(w, state))), 1, rtol=1e-4)
+
+
+def test_one_zero_matrix_in_a_stack():
+    w = jnp.stack([jnp.zeros((3, 2)), jnp.float32(normal(3, 2))])
+    out = jw.spectral_normalize(w, axes=DENSE.stacked())
+    assert not out[0].any()
+    np.testing.assert_allclose(sigma(np.float64(out[1])), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
+def test_nothing(shape):
+    w, t = jnp.zeros(shape), jw.SpectralNorm()
+    assert jw.spectral_norm(w) == 0
+    assert jw.spectral_normalize(w).shape == shape
+    assert t.apply(w, t.update(w, t.init(w, jax.random.key(0)))).shape == shape
+
+
+def test_nan_stays_in_its_matrix():
+    w = jnp.stack([jnp.eye(2).at[0, 1].set(jnp.nan), 2 * jnp.eye(2)])
+    np.testing.assert_allclose(jw.spectral_norm(w, axes=DENSE.stacked()), [np.nan, 2], rtol=1e-6)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"sigma must have shape \(4,\)"):
+        jw.spectral_normalize(jnp.ones((4, 5, 3)), jnp.ones(3), axes=DENSE.stacked())
+    with pytest.raises(TypeError, match=r"jaxweights\.Axes"):
+        jw.spectral_norm(jnp.ones((2, 2)), axes=(0, 1))
+    with pytest.raises(ValueError, match="n_steps"):
+        jw.SpectralNorm(n_steps=0)

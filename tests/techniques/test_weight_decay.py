@@ -1,0 +1,61 @@
+"""Weight decay: g + λw, against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jaxweights as jw
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (0, 2), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 3])
+def test_formula(shape, dtype, rate):
+    g, w = jnp.asarray(normal(*shape), dtype), jnp.asarray(normal(*shape, seed=1), dtype)
+    out = jw.weight_decay(g, w, rate)
+    assert out.dtype == dtype and out.shape == shape
+    expected = np.float64(g) + rate * np.float64(w)
+    np.testing.assert_allclose(np.float64(out), expected, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
+
+
+def test_is_the_gradient_of_the_penalised_loss():
+    with jax.enable_x64(True):
+        w, rate = jnp.asarray(normal(3, 4)), 0.3
+        loss = lambda w: jnp.sum(jnp.sin(w))
+        penalised = jax.grad(lambda w: loss(w) + rate / 2 * jnp.sum(w**2))(w)
+        np.testing.assert_allclose(jw.weight_decay(jax.grad(loss)(w), w, rate), penalised, rtol=1e-14)
+
+
+def test_gradient():
+    with jax.enable_x64(True):
+        g, w, rate = jnp.asarray(normal(3)), jnp.asarray(normal(3, seed=1)), jnp.asarray(0.3)
+        check_grads(jw.weight_decay, (g, w, rate), order=2, rtol=1e-6)
+
+
+def test_mixed_dtypes_keep_that_of_the_gradient():
+    g, w = jnp.float32([1.0, 1.0]), jnp.asarray([1 / 3, 3e38], jnp.bfloat16)
+    out = jw.weight_decay(g, w, 1e-3)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, 1 + 1e-3 * np.float64(w), rtol=1e-6)
+
+
+def test_float16_is_computed_in_float32():
+    # 1.5·65504 alone leaves the range of float16, the sum does not.
+    w = jnp.float16([65504])
+    assert jw.weight_decay(jnp.float16([-60000]), w, 1.5)[0] == np.float16(1.5 * 65504 - 60000)
+    assert jw.weight_decay(w, w, 0.5)[0] == jnp.inf
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="shape"):
+        jw.weight_decay(jnp.ones(3), jnp.ones(2), 0.1)
+    with pytest.raises(ValueError, match="rate"):
+        jw.weight_decay(jnp.ones(3), jnp.ones(3), -0.1)
+    with pytest.raises(ValueError, match="NaN"):
+        jw.weight_decay(jnp.ones(3), jnp.ones(3), float("nan"))

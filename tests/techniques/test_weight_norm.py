@@ -1,0 +1,105 @@
+"""Weight normalization: w / ‖w‖ per output unit, against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jaxweights as jw
+from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE, depthwise
+
+READINGS = [
+    ((5,), None, (0,)),
+    ((), None, ()),
+    ((4, 3), None, (0,)),
+    ((3, 2, 4, 5), CONV, (0, 1, 2)),
+    ((4, 2, 3), ATTENTION_IN, (0,)),
+    ((2, 3, 4), ATTENTION_OUT, (0, 1)),
+    ((6, 4, 3), DENSE.stacked(), (1,)),
+    ((3, 3, 1, 4), depthwise(4), (0, 1, 2)),
+]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.mark.parametrize(("shape", "axes", "over"), READINGS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_formula(shape, axes, over, dtype):
+    w = jnp.asarray(normal(*shape), dtype)
+    exact = np.float64(w)
+    unit = exact / np.sqrt(np.sum(exact**2, over, keepdims=True))
+    tolerance = 4 * float(jnp.finfo(dtype).eps)
+    out = jw.weight_normalize(w, axes=axes)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(np.float64(out), unit, rtol=tolerance)
+
+    scale = jnp.asarray(normal(*(s for a, s in enumerate(shape) if a not in over), seed=1), dtype)
+    scaled = np.float64(jw.weight_normalize(w, scale, axes=axes))
+    np.testing.assert_allclose(scaled, unit * np.expand_dims(np.float64(scale), over), rtol=tolerance)
+
+
+@pytest.mark.parametrize(("shape", "axes", "over"), READINGS[2:])
+def test_gradient(shape, axes, over):
+    with jax.enable_x64(True):
+        w = jnp.asarray(normal(*shape))
+        scale = jnp.asarray(normal(*(s for a, s in enumerate(shape) if a not in over), seed=1))
+        check_grads(jax.jit(lambda w: jw.weight_normalize(w, axes=axes)), (w,), order=1, rtol=1e-6)
+        check_grads(jax.jit(lambda w, g: jw.weight_normalize(w, g, axes=axes)), (w, scale), order=1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(jnp.float32, 1e30), (jnp.float32, 1e-25), (jnp.bfloat16, 1e30), (jnp.float16, 1e4)]
+)
+def test_huge_and_tiny_weights(dtype, size):
+    """w/‖w‖ does not depend on the size of w, and its gradient is inversely proportional to it."""
+    unit = np.float64([[1, 2], [2, -3], [-2, 6]])
+    pick = lambda w: jw.weight_normalize(w).astype(jnp.float32)[0].sum()
+    w = jnp.asarray(unit * size, dtype)
+    np.testing.assert_allclose(
+        np.float64(jw.weight_normalize(w)), unit / [3, 7], rtol=2 * float(jnp.finfo(dtype).eps) + 1e-6
+    )
+    length = np.float64([3, 7])
+    gradient = (np.eye(3)[:, :1] - unit[:1] / length**2 * unit) / length
+    found = np.float64(jax.grad(pick)(w)) * size
+    np.testing.assert_allclose(found, gradient, atol=0.02 if dtype != jnp.float32 else 1e-6)
+
+
+def test_zero_units():
+    w = jnp.array([[0.0, 3.0], [0.0, 4.0]])
+    for scale in (None, jnp.array([2.0, 2.0])):
+        out, pull = jax.vjp(lambda w, scale=scale: jw.weight_normalize(w, scale), w)
+        np.testing.assert_allclose(out, np.array([[0, 0.6], [0, 0.8]]) * (1 if scale is None else 2), rtol=1e-6)
+        assert jnp.isfinite(pull(jnp.ones_like(w))[0]).all()
+
+
+def test_nan_and_infinity_stay_in_their_unit():
+    out = jw.weight_normalize(jnp.array([[jnp.nan, jnp.inf, 3.0], [1.0, 1.0, 4.0]]))
+    assert jnp.isnan(out[:, :2]).any(0).all()
+    np.testing.assert_allclose(out[:, 2], [0.6, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
+def test_nothing(shape):
+    assert jw.weight_normalize(jnp.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_transform_starts_as_the_identity(dtype):
+    t = jw.WeightNorm(axes=ATTENTION_IN)
+    w = jnp.asarray(normal(16, 4, 8), dtype)
+    state = t.init(w, jax.random.key(0))
+    np.testing.assert_array_equal(t.apply(w, state), w)
+    exact = np.float64(w)
+    np.testing.assert_allclose(state["scale"], np.linalg.norm(exact, axis=0), rtol=1e-6)
+    longer = t.apply(w, {"scale": 3 * state["scale"]})
+    np.testing.assert_allclose(np.float64(longer), 3 * exact, rtol=2 * float(jnp.finfo(dtype).eps))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"scale must have shape \(2,\)"):
+        jw.weight_normalize(jnp.ones((3, 2)), jnp.ones(3))
+    with pytest.raises(TypeError, match="floating"):
+        jw.weight_normalize(jnp.ones((3, 2), jnp.int32))

@@ -1,0 +1,243 @@
+"""Weight sharing: codebooks, convolutions as shared matrices, clusters and hashes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.test_util import check_grads
+
+import jaxweights as jw
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+# share
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0, 2)])
+def test_share(dtype, shape):
+    codebook = jnp.asarray(normal(5), dtype)
+    index = np.random.default_rng(1).integers(-1, 5, shape)
+    out = jw.share(codebook, jnp.asarray(index))
+    assert out.dtype == dtype and out.shape == shape
+    np.testing.assert_array_equal(out, np.where(index == -1, 0, np.asarray(codebook)[index]))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.uint32, np.int32])
+def test_share_takes_any_integer_dtype(kind):
+    codebook = np.arange(300, dtype=np.float32)
+    index = np.array([0, 1, 127 if kind is np.int8 else 255], kind)
+    np.testing.assert_array_equal(jw.share(jnp.asarray(codebook), jnp.asarray(index)), codebook[index])
+
+
+def test_share_out_of_range_is_nan():
+    out = jw.share(jnp.array([1.0, 2.0]), jnp.array([-1, 0, 1, 2, -2, -3, 1000]))
+    np.testing.assert_array_equal(out, [0, 1, 2, np.nan, np.nan, np.nan, np.nan])
+
+
+def test_share_gradient_sums_over_positions():
+    index = np.array([[0, 1, -1], [1, 1, 2]])
+    cotangent = normal(2, 3)
+    _, pull = jax.vjp(lambda c: jw.share(c, jnp.asarray(index)), jnp.ones(4))
+    expected = [cotangent[index == i].sum() for i in range(4)]
+    np.testing.assert_allclose(pull(jnp.float32(cotangent))[0], expected, rtol=1e-6)
+    with jax.enable_x64(True):
+        check_grads(lambda c: jw.share(c, jnp.asarray(index)), (jnp.asarray(normal(4)),), order=1)
+
+
+# conv_index
+
+
+@pytest.mark.parametrize(
+    ("kernel_shape", "input_shape", "strides", "padding"),
+    [
+        ((3, 2, 4), (7, 2), 1, "SAME"),
+        ((4, 1, 1), (9, 1), 3, "SAME"),
+        ((3, 2, 4), (7, 2), 2, "VALID"),
+        ((3, 2, 2), (5, 2), 2, [(2, 1)]),
+        ((1, 3, 2), (4, 3), 1, "VALID"),
+        ((3, 3, 2, 3), (5, 6, 2), 1, "SAME"),
+        ((2, 3, 2, 3), (5, 6, 2), (2, 1), "same"),
+        ((3, 2, 1, 2), (6, 5, 1), (2, 3), "VALID"),
+        ((3, 3, 2, 2), (4, 4, 2), (1, 2), [(1, 0), (3, 2)]),
+        ((2, 2, 1, 1), (4, 4, 1), 1, [(-1, 0), (0, -1)]),
+        ((2, 3, 2, 2, 2), (3, 4, 3, 2), (1, 2, 1), "SAME"),
+    ],
+)
+def test_conv_index_is_the_convolution(kernel_shape, input_shape, strides, padding):
+    n = len(kernel_shape) - 2
+    x, kernel = jnp.float32(normal(*input_shape)), jnp.float32(normal(*kernel_shape, seed=1))
+    index = jw.conv_index(kernel_shape, input_shape, strides=strides, padding=padding)
+    assert index.dtype == np.int32
+
+    def shared(kernel):
+        return jnp.dot(x.ravel(), jw.share(kernel.ravel(), index), precision="highest")
+
+    def convolved(kernel):
+        layout = (
+            ("NWC", "WIO", "NWC") if n == 1 else ("NHWC", "HWIO", "NHWC") if n == 2 else ("NHWDC", "HWDIO", "NHWDC")
+        )
+        steps = (strides,) * n if isinstance(strides, int) else strides
+        return lax.conv_general_dilated(x[None], kernel, steps, padding, dimension_numbers=layout, precision="highest")
+
+    expected, pull_convolved = jax.vjp(convolved, kernel)
+    found, pull_shared = jax.vjp(shared, kernel)
+    np.testing.assert_allclose(found, expected.ravel(), atol=1e-5)
+    # The gradient of the one kernel is the sum over all positions that share it.
+    cotangent = jnp.float32(normal(*expected.shape, seed=2))
+    np.testing.assert_allclose(pull_shared(cotangent.ravel())[0], pull_convolved(cotangent)[0], atol=1e-4)
+    matrix = jnp.outer(x.ravel(), cotangent.ravel())
+    positions = [np.float64(matrix)[index == i].sum() for i in range(kernel.size)]
+    np.testing.assert_allclose(pull_shared(cotangent.ravel())[0].ravel(), positions, atol=1e-4)
+
+
+# cluster
+
+
+def nearest(values, codebook):
+    return np.abs(values[..., None] - codebook).argmin(-1)
+
+
+@pytest.mark.parametrize("shape", [(200,), (20, 10), (4, 5, 10)])
+@pytest.mark.parametrize("n_clusters", [1, 2, 5, 16])
+def test_cluster_is_a_fixed_point_of_lloyd(shape, n_clusters):
+    w = np.float32(normal(*shape))
+    codebook, index = jw.cluster(jnp.asarray(w), n_clusters)
+    assert codebook.shape == (n_clusters,) and index.shape == shape and index.dtype == jnp.int32
+    exact, codebook, index = w.astype(np.float64), np.float64(codebook), np.asarray(index)
+    assert (np.diff(codebook) >= 0).all()
+    np.testing.assert_array_equal(index, nearest(exact, codebook))
+    for i in range(n_clusters):
+        if (index == i).any():
+            np.testing.assert_allclose(codebook[i], exact[index == i].mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("draw", ["normal", "laplace", "uniform", "exponential"])
+@pytest.mark.parametrize("n_clusters", [2, 8, 64])
+def test_cluster_is_no_worse_than_even_spacing(draw, n_clusters):
+    w = np.float32(getattr(np.random.default_rng(0), draw)(size=2000))
+    even = np.linspace(w.min(), w.max(), n_clusters)
+    codebook, index = jw.cluster(jnp.asarray(w), n_clusters)
+    error = lambda codebook, index: np.sum((w.astype(np.float64) - np.float64(codebook)[index]) ** 2)
+    assert error(codebook, np.asarray(index)) <= error(even, nearest(w, even)) * (1 + 1e-6)
+
+
+def test_cluster_of_few_values_finds_them():
+    values = np.float32([-2, -0.5, 2, 4])
+    w = np.random.default_rng(0).choice(values, (30, 20))
+    codebook, index = jw.cluster(jnp.asarray(w), 4)
+    np.testing.assert_array_equal(codebook, values)
+    np.testing.assert_array_equal(jw.share(codebook, index), w)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("value", [0.0, 0.3, 6e4])
+def test_cluster_of_a_constant(dtype, value):
+    w = jnp.full((9, 7), value, dtype)
+    codebook, index = jw.cluster(w, 3)
+    np.testing.assert_array_equal(jw.share(codebook, index), w)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 1e38), (jnp.bfloat16, 1e38), (jnp.float16, 3e4)])
+def test_cluster_of_huge_weights(dtype, size):
+    w = jnp.asarray(np.array([-2.0, -1.9, 0.1, 0.1, 1.9, 2.1]) * size, dtype)
+    codebook, index = jw.cluster(w, 3)
+    np.testing.assert_array_equal(index, [0, 0, 1, 1, 2, 2])
+    np.testing.assert_allclose(
+        np.float64(codebook), np.float64(w).reshape(3, 2).mean(1), rtol=float(jnp.finfo(dtype).eps)
+    )
+
+
+def test_cluster_does_not_lose_a_long_sum():
+    # Added one by one in float32, more than 2²⁴ ones stay at 2²⁴.
+    w = jnp.concatenate([jnp.ones(2**24 + 2**22), jnp.full(8, 3.0)])
+    codebook, _ = jax.jit(jw.cluster, static_argnums=1)(w, 2)
+    np.testing.assert_array_equal(codebook, [1, 3])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_cluster_of_nan(bad):
+    codebook, _ = jw.cluster(jnp.array([1.0, bad, 2.0]), 2)
+    assert jnp.isnan(codebook).all()
+
+
+def test_cluster_keeps_empty_clusters():
+    codebook, index = jw.cluster(jnp.array([0.0, 0.0, 9.0]), 4)
+    np.testing.assert_allclose(codebook, [0, 3, 6, 9], rtol=1e-6)
+    np.testing.assert_array_equal(index, [0, 0, 3])
+
+
+# hash_index
+
+
+def test_hash_index_is_fixed_for_all_time():
+    def splitmix64(x):
+        for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
+            x = ((x ^ (x >> shift)) * multiplier) % 2**64
+        return x ^ (x >> 31)
+
+    for seed, n in ((0, 7), (1, 3), (2**40, 1000)):
+        expected = [splitmix64((i + seed * 0x9E3779B97F4A7C15) % 2**64) % n for i in range(24)]
+        np.testing.assert_array_equal(jw.hash_index((4, 6), n, seed).ravel(), expected)
+
+
+def test_hash_index_is_even():
+    n, size = 10, 100_000
+    for seed in range(5):
+        counts = np.bincount(jw.hash_index((size,), n, seed), minlength=n)
+        chi2 = np.sum((counts - size / n) ** 2) / (size / n)
+        assert chi2 < 35  # nine degrees of freedom: p = 6e-5
+    agree = np.mean(jw.hash_index((size,), n, 1) == jw.hash_index((size,), n, 2))
+    assert abs(agree - 1 / n) < 5 * np.sqrt(0.09 / size)
+
+
+# ShareWeights
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_share_weights_projects_on_the_means(seed, dtype):
+    w, t = jnp.asarray(normal(20, 15), dtype), jw.ShareWeights(6, seed=seed)
+    state, apply = t.init(w, jax.random.key(0)), jax.jit(t.apply)
+    out, index, exact = apply(w, state), np.asarray(state["index"]), np.float64(w)
+    assert out.dtype == dtype
+    means = np.array([exact[index == i].mean() for i in range(6)])
+    np.testing.assert_allclose(np.float64(out), means[index], rtol=float(jnp.finfo(dtype).eps), atol=1e-7)
+    np.testing.assert_array_equal(apply(out, state), out)
+    assert len(np.unique(np.float64(out))) <= 6
+
+
+def test_share_weights_gradient_is_the_mean_of_the_group():
+    w, t = jnp.float32(normal(8, 5)), jw.ShareWeights(4, seed=1)
+    state = t.init(w, jax.random.key(0))
+    index, cotangent = np.asarray(state["index"]), normal(8, 5, seed=2)
+    gradient = jax.vjp(lambda w: t.apply(w, state), w)[1](jnp.float32(cotangent))[0]
+    means = np.array([cotangent[index == i].mean() for i in range(4)])
+    np.testing.assert_allclose(gradient, means[index], atol=1e-6)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: jw.share(jnp.ones((2, 2)), jnp.array([0])), ValueError, "one-dimensional"),
+        (lambda: jw.share(jnp.ones(0), jnp.array([0])), ValueError, "not empty"),
+        (lambda: jw.share(jnp.ones(2), jnp.array([0.0])), TypeError, "index must be an integer"),
+        (lambda: jw.cluster(jnp.ones(0), 2), ValueError, "no values"),
+        (lambda: jw.cluster(jnp.ones(3), 0), ValueError, "n_clusters"),
+        (lambda: jw.conv_index((3, 2, 4), (7, 3)), ValueError, "do not fit"),
+        (lambda: jw.conv_index((3, 2, 4), (7, 2), padding="FULL"), ValueError, "padding"),
+        (lambda: jw.conv_index((3, 2, 4), (7, 2), strides=0), ValueError, "strides"),
+        (lambda: jw.conv_index((3, 2, 4), (2, 2), padding="VALID"), ValueError, "does not fit"),
+        (lambda: jw.hash_index((3,), 0), ValueError, "n must be"),
+    ],
+)
+def test_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
