@@ -1,0 +1,99 @@
+"""Measures jaxweights against its peers: python benchmarks/run.py [--only GLOB] [--quick].
+
+Ours and the other run in turn in one process, and the ratio is taken within each round. Ratios travel between
+machines; times do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import chart
+import jax
+from cases import CASES
+from programs import FULL, QUICK
+from rich.console import Console
+from rich.table import Table
+from timing import Effort
+
+PACKAGES = ("jaxweights", "jax", "jaxlib", "flax", "optax")
+
+
+def main() -> None:
+    options = parse()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    cases = [case for case in CASES if fnmatch.fnmatchcase(f"{case.group}/{case.name}", options.only)]
+    if not cases:
+        names = "\n  ".join(f"{case.group}/{case.name}" for case in CASES)
+        raise SystemExit(f"--only {options.only!r} matches none of\n  {names}")
+    report: dict[str, Any] = {"environment": environment(), "quick": options.quick, "results": []}
+    console.print(" ".join(f"{name}: {value}." for name, value in report["environment"].items()))
+    effort = Effort(options.rounds or (2 if options.quick else 20), seconds=1 if options.quick else 4)
+    for case in cases:
+        with console.status(f"{case.group}/{case.name} against {case.against}"):
+            measured = case.measure(QUICK if options.quick else FULL, effort)
+        fields = {name: getattr(case, name) for name in ("group", "name", "against", "goal", "unit")}
+        report["results"].append(fields | measured)
+    console.print(table(report["results"]))
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = f"{jax.default_backend()}{'-quick' if options.quick else ''}"
+    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    chart.draw(report, options.out / f"{name}.png")
+    console.print(f"Written: {options.out / name}.json and .png")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the results go")
+    parser.add_argument("--only", default="*", metavar="GLOB", help='cases by "group/name", such as "apply/Clip*"')
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
+    parser.add_argument("--rounds", type=int, help="most rounds per case")
+    return parser.parse_args()
+
+
+def environment() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.device_kind} ({jax.default_backend()}), {os.cpu_count()} CPU cores",
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    out = Table(title="ratio ours / other: median [quartiles]")
+    for name in ("group", "case", "against"):
+        out.add_column(name)
+    for name in ("ratio", "goal", "ours", "other", "rounds"):
+        out.add_column(name, justify="right", no_wrap=True)
+    previous = None
+    for r in results:
+        if previous not in (None, r["group"]):
+            out.add_section()
+        previous = r["group"]
+        q = r["ratio"]
+        color = "default" if r["goal"] is None else "green" if q["median"] <= r["goal"] else "red"
+        out.add_row(
+            r["group"],
+            r["name"],
+            r["against"],
+            f"[{color}]{q['median']:.3f}[/] \\[{q['low']:.3f}, {q['high']:.3f}]",
+            "" if r["goal"] is None else f"{r['goal']:g}",
+            f"{r['ours']:.2f} {r['unit']}",
+            f"{r['theirs']:.2f} {r['unit']}",
+            str(r["rounds"]),
+        )
+    return out
+
+
+if __name__ == "__main__":
+    main()
