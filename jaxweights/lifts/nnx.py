@@ -74,8 +74,7 @@ def transformed(
     lifted = on_tree(transform, where)
     key = rngs.params() if rngs is not None else jax.random.key(0)
     state = lifted.init(_params(module), key)
-    new = nnx.map(lambda _, leaf: leaf, module, recreate_variables=False)
-    object.__setattr__(new, "__class__", _transformed_class(type(module)))
+    new = _copy(module, lambda _, variable: variable, _transformed_class(type(module)))
     setattr(new, STATE, _Control(lifted, state))
     return new
 
@@ -113,6 +112,14 @@ class _Control(nnx.Module):
         return kwargs
 
 
+def _copy(module: Any, variable: Callable[[tuple, nnx.Variable], nnx.Variable], cls: type[nnx.Module]) -> Any:
+    """A copy of the module as a `cls`, with variable(path, old) in place of each variable: not copies of them."""
+    graphdef, state = nnx.split(module)
+    new = nnx.merge(graphdef, nnx.from_flat_state((p, variable(p, v)) for p, v in nnx.to_flat_state(state)))
+    object.__setattr__(new, "__class__", cls)
+    return new
+
+
 def _params(module: nnx.Module) -> dict[str, jax.Array]:
     """{path: array} of the parameters, without those of the transform itself."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
@@ -132,8 +139,7 @@ def _call(self: Any, base: type[nnx.Module], method: str, args: tuple, kwargs: d
         name = "/".join(map(str, path))
         return variable if new.get(name) is params.get(name) else variable.replace(new[name])
 
-    shadow = nnx.map(swap, self, recreate_variables=False)
-    object.__setattr__(shadow, "__class__", base)
+    shadow = _copy(self, swap, base)
     pairs = [(mine, its, dict(vars(its))) for mine, its in zip(_nodes(self), _nodes(shadow), strict=True)]
     y = getattr(base, method)(shadow, *args, **kwargs)
     # What the method stored in attributes (sow, caches, counters) belongs to the module.
@@ -145,7 +151,7 @@ def _call(self: Any, base: type[nnx.Module], method: str, args: tuple, kwargs: d
 
 
 def _nodes(module: nnx.Module) -> list[nnx.Module]:
-    return [node for _, node in nnx.iter_modules(module)]
+    return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)]
 
 
 @functools.cache

@@ -1,0 +1,50 @@
+"""Every code block of the README runs, and what it says of the files is so."""
+
+import pathlib
+import re
+import warnings
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
+
+
+def test_every_python_block_runs():
+    namespace = {}
+    code = blocks("python")
+    assert len(code) >= 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for block in code:
+            exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_the_commands_are_those_that_ci_runs():
+    """`.ci/run` reads them from this file, so they are run as they stand."""
+    commands = blocks("bash")
+    assert len(commands) >= 2
+    assert all(len(c.strip().splitlines()) == 1 for c in commands)
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_block_is_of_a_kind_that_is_run_or_shown():
+    assert set(re.findall(r"^```(\w+)", README, re.M)) <= {"python", "bash", "text"}
+
+
+def test_every_name_of_the_table_is_public():
+    import jaxweights as jw
+
+    table = README.split("## Techniques and levels")[1].split("## Ten formulas")[0]
+    names = set(re.findall(r"`(?:(?:linen|nnx)\.)?(\w+)", "\n".join(l for l in table.splitlines() if l.startswith("| "))))
+    names -= {"kernel_init"}
+    assert len(names) > 30
+    for name in names:
+        assert hasattr(jw, name) or (hasattr(jw.linen, name) and hasattr(jw.nnx, name)), name
+
+
+def test_every_link_and_picture_is_there():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
