@@ -16,6 +16,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLOR = "#1f5fa8"
+WIDTH = 110
+"""Of the table where the output is no terminal."""
 KERNEL = "conv2/kernel"
 """The kernel whose weights the picture shows."""
 
@@ -66,7 +68,7 @@ def table(title: str, results: dict[str, Result], steps_per_round: int) -> None:
         "norm": ("‖w‖", lambda r: f"{r.norm:.1f}"),
         "cost": ("time\na step", lambda r: f"×{r.cost:.2f}"),
     }
-    view = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    view = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     view.add_column("run", no_wrap=True)
     view.add_column("promise")
     for heading, _ in columns.values():
@@ -85,7 +87,10 @@ def table(title: str, results: dict[str, Result], steps_per_round: int) -> None:
         "that evaluation needs, in float32, or kernels as jw.quantize stores them (codes and scales; accuracy from "
         f"those: {stored}). Zeros and shared values are not packed."
     )
-    Console().print(view)
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    console.print(view)
 
 
 def picture(path: str, results: dict[str, Result], steps_per_round: int) -> None:

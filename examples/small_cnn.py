@@ -100,7 +100,7 @@ def linen_model(image_shape, norms, kernel_init, transform=None, *, seed: int = 
     model = LinenCNN(norms, kernel_init)
     if transform:
         model = jw.linen.Transformed(model, transform)
-    rest = jax.jit(model.init, static_argnames="train")(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=True)
+    rest = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=True)
     params = rest.pop("params")
 
     def forward(params, rest, images, train):

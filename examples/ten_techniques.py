@@ -104,7 +104,7 @@ class Run:
         shape = data.train_images.shape[1:]
         self.model = build(shape, technique.norms, technique.kernel_init, technique.transform, seed=seed)
         tx = optimizer(technique, steps)
-        self.state = (self.model.params, self.model.rest, tx.init(self.model.params))
+        self.state = (self.model.params, self.model.rest, jax.jit(tx.init)(self.model.params))
         self.accuracies: list[float] = []
         self.seconds: list[float] = []
 

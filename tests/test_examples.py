@@ -1,0 +1,126 @@
+"""The examples run, print what they promise, and say the same in Linen and in NNX."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+import jaxweights as jw
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+STEPS = 60
+
+
+def run(name, capsys):
+    variables = runpy.run_path(str(EXAMPLES / name))
+    return variables, capsys.readouterr().out
+
+
+def test_array_level(capsys):
+    variables, out = run("array_level.py", capsys)
+    versions = variables["versions"]
+    assert jw.spectral_norm(versions["spectral norm: σ = 1"]) == pytest.approx(1, abs=1e-5)
+    assert np.abs(versions["clipped to ±0.1"]).max() == np.float32(0.1)
+    assert np.unique(versions["shared: 16 values"]).size <= 16
+    assert np.mean(versions["sparse: 50% zeros"] == 0) == 0.5
+    assert variables["stored"].nbytes < variables["w"].nbytes / 3
+    assert "off by 0." in out
+
+
+def test_tree_level(capsys):
+    variables, out = run("tree_level.py", capsys)
+    accuracies = variables["accuracies"]
+    assert accuracies["as trained"] > 0.9
+    assert accuracies["4 bits"] > accuracies["as trained"] - 0.02
+    assert "where='**/weight' selects no weight" in out
+
+
+def test_optax_level(capsys):
+    variables, _ = run("optax_level.py", capsys)
+    kernel = variables["params"]["kernel"]
+    assert np.abs(kernel).max() <= 1
+    assert np.mean(kernel == 0) == 0.5
+    assert variables["accuracy"] > 0.9
+
+
+def test_linen_level(capsys):
+    variables, _ = run("linen_level.py", capsys)
+    assert variables["used"] == pytest.approx(1, abs=0.02)
+    assert variables["stored"] > 1.5
+    assert variables["accuracy"] > 0.94
+
+
+def test_nnx_level(capsys):
+    variables, _ = run("nnx_level.py", capsys)
+    assert variables["used"] <= 16 < variables["stored"]
+    assert variables["accuracy"] > 0.94
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The results of both backends, after few steps."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import ten_techniques
+
+        out = tmp_path_factory.mktemp("pictures")
+        return {
+            backend: ten_techniques.main(
+                ["--backend", backend, "--steps", str(STEPS), "--out", str(out / f"{backend}.png")]
+            )
+            for backend in ("linen", "nnx")
+        }, out
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+def test_linen_and_nnx_agree(results):
+    linen, nnx = results[0]["linen"], results[0]["nnx"]
+    assert list(linen) == list(nnx)
+    for name in linen:
+        np.testing.assert_allclose(linen[name].curve, nnx[name].curve, atol=0.004, err_msg=name)
+        assert linen[name].sigma == pytest.approx(nnx[name].sigma, rel=1e-3), name
+        assert linen[name].bytes == nnx[name].bytes, name
+
+
+@pytest.mark.parametrize("backend", ["linen", "nnx"])
+def test_promises_are_kept(results, backend):
+    r = results[0][backend]
+    kernels = {name: list(result.kernels.values()) for name, result in r.items()}
+    assert r["baseline"].accuracy > 0.9
+    assert r["spectral norm"].sigma == pytest.approx(1, abs=0.1)
+    assert r["weight decay"].norm < r["baseline"].norm
+    assert max(np.abs(w).max() for w in kernels["weight clipping"]) == np.float32(0.15)
+    assert all(np.unique(w).size <= 256 for w in kernels["weight sharing"])
+    assert r["weight sharing"].values < r["baseline"].values
+    assert all(np.unique(w).size <= 16 for w in kernels["quantization"])
+    assert r["quantization"].bytes < r["baseline"].bytes / 3
+    for w in kernels["sparsification"]:
+        assert np.sum(w == 0) == np.floor(0.8 * w.size + 0.5)
+    assert all(result.cost > 0 for result in r.values())
+
+
+@pytest.mark.parametrize("backend", ["linen", "nnx"])
+def test_exported_weights_are_those_of_the_model(results, backend):
+    """A plain network with the exported weights is as accurate as the transformed one."""
+    for name, result in results[0][backend].items():
+        if result.technique.stored_bits is None:
+            assert result.stored_accuracy == pytest.approx(result.accuracy, abs=0.003), name
+
+
+@pytest.mark.parametrize("backend", ["linen", "nnx"])
+def test_the_picture_is_small(results, backend):
+    assert 20_000 < (results[1] / f"{backend}.png").stat().st_size < 500_000
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_notebook_runs_and_stores_no_output():
+    notebook = nbformat.read(EXAMPLES / "ten_techniques.ipynb", as_version=4)
+    assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code")
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    text = "".join(o.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs)
+    assert "zeros in the second layer 80.0%" in text
