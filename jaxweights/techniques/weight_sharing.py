@@ -141,8 +141,9 @@ def conv_index(
         if padding.upper() not in ("SAME", "VALID"):
             raise ValueError(f'padding must be "SAME", "VALID" or (before, after) per axis, got {padding!r}')
         padding = jax.lax.padtype_to_pads(space, window, steps, padding.upper())
-    pads = [p if isinstance(p, Sequence) else () for p in padding] if isinstance(padding, Sequence) else []
-    if len(pads) != len(window) or any([type(n) for n in p] != [int, int] for p in pads):
+    given = padding if isinstance(padding, Sequence) else ()
+    pads: list[tuple[int, ...]] = [tuple(p) if isinstance(p, tuple | list) else () for p in given]
+    if len(pads) != len(window) or any(len(p) != 2 or not all(isinstance(n, int) for n in p) for p in pads):
         raise ValueError(f"padding must be integers (before, after) for each of {len(window)} axes, got {padding!r}")
 
     out_space = [(n + sum(p) - k) // s + 1 for n, k, s, p in zip(space, window, steps, pads, strict=True)]
