@@ -16,11 +16,7 @@ AxisSpec = int | Sequence[int]
 
 def axis_tuple(name: str, value) -> tuple[int, ...]:
     """`value`, an integer or integers, as a tuple, or an error."""
-    values = (value,) if isinstance(value, int) else value
-    try:
-        values = tuple(values)
-    except TypeError:
-        values = (None,)
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
     if not all(isinstance(a, int) and not isinstance(a, bool) for a in values):
         raise TypeError(f"{name} must be an integer or integers, got {value!r}: name axes as in (0, 1)")
     return values

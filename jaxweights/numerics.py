@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +63,11 @@ def _(primals, tangents):
     return primals[1], tangents[0].astype(primals[1].dtype)
 
 
-def automatic(f, w: jax.Array, *arguments, like: jax.Array | None = None):
+def automatic(f: Callable[..., Any], w: jax.Array, *arguments, like: jax.Array | None = None) -> Any:
     """f(w, *arguments) with the shardings inside left to the compiler, whatever kind of mesh `w` lies on.
 
-    On a mesh of explicit axes (`jax.make_mesh`'s default) a contraction or a scatter over a sharded axis must be told how its
-    result is sharded. This says it once: as `like`, or replicated, which suits the small results of a reduction.
+    On a mesh of explicit axes (`jax.make_mesh`'s default) a contraction or a scatter over a sharded axis must be told
+    how its result is sharded. This says it once: as `like`, or replicated, which suits small results.
     """
     mesh = jax.typeof(w).sharding.mesh
     if mesh.empty or not mesh.explicit_axes:
@@ -129,6 +130,7 @@ def round_half_up(fraction: float | jax.Array, n: int) -> int | jax.Array:
     return a * whole + a1 * r1 + (middle >> 12)
 
 
+@jax.jit
 def smallest_mask(x: jax.Array, k: int | jax.Array) -> jax.Array:
     """True at the `k` entries of smallest magnitude; equal magnitudes are taken in order of the flat index.
 

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 State = dict[str, jax.Array]
-Scalar = float | jax.Array | Callable[[jax.Array], Any]
-"""A number, a scalar array (traced or not), or an optax schedule: step -> number."""
+Number = float | jax.Array
+"""A number, or a scalar array, traced or not."""
+Scalar = Number | Callable[[jax.Array], Any]
+"""A number, or an optax schedule: step -> number."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,8 +38,8 @@ def test_every_name_of_the_table_is_public():
     import jaxweights as jw
 
     table = README.split("## Techniques and levels")[1].split("## Ten formulas")[0]
-    names = set(re.findall(r"`(?:(?:linen|nnx)\.)?(\w+)", "\n".join(l for l in table.splitlines() if l.startswith("| "))))
-    names -= {"kernel_init"}
+    rows = "\n".join(line for line in table.splitlines() if line.startswith("| "))
+    names = set(re.findall(r"`(?:(?:linen|nnx)\.)?(\w+)", rows)) - {"kernel_init"}
     assert len(names) > 30
     for name in names:
         assert hasattr(jw, name) or (hasattr(jw.linen, name) and hasattr(jw.nnx, name)), name

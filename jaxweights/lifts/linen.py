@@ -9,7 +9,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import unfreeze
 
 from jaxweights.lifts.paths import STATE, Where
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
@@ -79,7 +78,7 @@ class Transformed(nn.Module):
         call = lambda module: getattr(module, method)(*args, **kwargs)
         if self.is_initializing():
             call(self.module)  # makes the parameters
-        params = {n: p for n, p in unfreeze(self.variables.get("params", {})).items() if n != STATE}
+        params = {n: p for n, p in self.variables.get("params", {}).items() if n != STATE}
         state = self._make(lifted, params) if self.is_initializing() else self._read(lifted, params)
         if state.fixed and self.is_mutable_collection(STATE) and not self.is_initializing():
             state = lifted.update(params, state)
@@ -117,7 +116,7 @@ class Transformed(nn.Module):
     def _read(self, lifted: TreeTransform, params: Any) -> TreeState:
         """The stored state of this wrapper, apart from that of wrappers further in."""
         selected = lifted.selected(params)
-        own = lambda entries: {path: entry for path, entry in unfreeze(entries).items() if path in selected}
+        own = lambda entries: {path: dict(entry) for path, entry in entries.items() if path in selected}
         return TreeState(own(self.variables.get("params", {}).get(STATE, {})), own(self.variables.get(STATE, {})))
 
 

@@ -25,7 +25,7 @@ class ProjectState(NamedTuple):
 class WeightDecayState(NamedTuple):
     """State of `add_weight_decay`: the number of updates made."""
 
-    count: jax.Array
+    step: jax.Array
 
 
 def project(
@@ -123,14 +123,14 @@ def add_weight_decay(rate: Scalar, where: Where | None = None) -> optax.Gradient
     def update(updates, state, params=None):
         _check_params("add_weight_decay", params)
         _check_structure("add_weight_decay", updates, params)
-        now = rate(state.count) if callable(rate) else rate
+        now = rate(state.step) if callable(rate) else rate
         paths, p_leaves, _ = flatten(params)
         weights = {paths[i]: p_leaves[i] for i in select(paths, p_leaves, [(None, None)], where)}
         u_paths, flat, treedef = flatten(updates)
         decayed = [
             weight_decay(u, weights[path], now) if path in weights else u for path, u in zip(u_paths, flat, strict=True)
         ]
-        new_state = WeightDecayState(optax.safe_increment(state.count)) if callable(rate) else state
+        new_state = WeightDecayState(jnp.asarray(optax.safe_increment(state.step))) if callable(rate) else state
         return jax.tree_util.tree_unflatten(treedef, decayed), new_state
 
     return optax.GradientTransformation(init, update)

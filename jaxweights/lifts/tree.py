@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxweights.axes import Axes, infer_axes
 from jaxweights.lifts.paths import Where, flatten, is_weight, select
@@ -170,7 +171,7 @@ def _by_shape(work: dict[int, tuple[Transform, tuple]], paths: list[str], f) -> 
 
 def _signature(x: jax.Array) -> tuple:
     # Weights that are sharded differently are not stacked: that would move them between devices.
-    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
     return (x.shape, x.dtype, sharding)
 
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading
 from jaxweights.numerics import safe_divide, safe_norm, wide
-from jaxweights.transform import Scalar, Transform, check_scalar, check_weight
+from jaxweights.transform import Number, Scalar, Transform, check_scalar, check_weight
 
 
-def clip_weights(w: jax.Array, limit: Scalar) -> jax.Array:
+def clip_weights(w: jax.Array, limit: Number) -> jax.Array:
     """Clips every weight to [−limit, limit].
 
     w' = c if w > c, −c if w < −c, else w; c is `limit` in the dtype of `w`.
@@ -41,7 +41,7 @@ def clip_weights(w: jax.Array, limit: Scalar) -> jax.Array:
     return jnp.where(w > c, c, jnp.where(w < -c, -c, w))
 
 
-def clip_norm(w: jax.Array, max_norm: Scalar, *, axes: Axes | None = None) -> jax.Array:
+def clip_norm(w: jax.Array, max_norm: Number, *, axes: Axes | None = None) -> jax.Array:
     """Shortens the weight vector of each output unit to at most `max_norm` (max-norm regularization).
 
     w' = w · min(1, max_norm / ‖w‖₂), the norm over all that one output unit sums over.

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.numerics import wide
-from jaxweights.transform import Scalar, check_scalar, check_weight
+from jaxweights.transform import Number, check_scalar, check_weight
 
 
-def weight_decay(grad: jax.Array, w: jax.Array, rate: Scalar) -> jax.Array:
+def weight_decay(grad: jax.Array, w: jax.Array, rate: Number) -> jax.Array:
     """Adds the gradient of (rate/2)·‖w‖² to a gradient.
 
     g' = g + rate·w, so that w ← w − η·g' is stochastic gradient descent with weight decay.

@@ -49,9 +49,10 @@ def fake_quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> jax.A
     x = jax.lax.stop_gradient(w.astype(wide(w.dtype)))
     levels = 2**bits - 1
     low, high = jnp.min(x, over, keepdims=True), jnp.max(x, over, keepdims=True)
-    span = high / 2 - low / 2  # halves, because the range itself may overflow
-    code = jnp.round(safe_divide(x / 2 - low / 2, span) * levels)
-    rounded = jnp.where(code == levels, high, 2 * (low / 2 + code / levels * span))  # the top of the range exactly
+    unit = jnp.where(jnp.maximum(-low, high) > 1, 1 / 16, 1).astype(x.dtype)  # or the range, or 1/range, may overflow
+    span = high * unit - low * unit
+    code = jnp.round(safe_divide(x * unit - low * unit, span) * levels)
+    rounded = jnp.where(code == levels, high, (low * unit + code / levels * span) / unit)  # the top exactly
     return straight_through(w, jnp.where(high == low, x, rounded).astype(w.dtype))
 
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.numerics import round_half_up, smallest_mask, wide
-from jaxweights.transform import Scalar, Transform, check_scalar, check_state, check_weight
+from jaxweights.transform import Number, Scalar, Transform, check_scalar, check_state, check_weight
 
 
-def sparsify(w: jax.Array, threshold: Scalar) -> jax.Array:
+def sparsify(w: jax.Array, threshold: Number) -> jax.Array:
     """Sets weights of magnitude below a threshold to zero (hard thresholding).
 
     w' = w if |w| >= τ else 0; τ is `threshold` in the dtype of `w`.
@@ -37,7 +37,7 @@ def sparsify(w: jax.Array, threshold: Scalar) -> jax.Array:
     return jnp.where(jnp.abs(w) >= tau, w, jnp.zeros((), w.dtype))
 
 
-def magnitude_mask(w: jax.Array, sparsity: Scalar) -> jax.Array:
+def magnitude_mask(w: jax.Array, sparsity: Number) -> jax.Array:
     """The mask that keeps the weights of largest magnitude.
 
     False at the round(sparsity·n) weights of smallest |w|, n the size of `w`, half a weight rounded up; of equal
