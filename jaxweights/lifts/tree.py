@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ class TreeTransform:
         return TreeState(learned, fixed)
 
     def update(self, params: Any, state: TreeState, grads: Any = None) -> TreeState:
-        """The state for the next step; weights of one shape are updated in one batched computation."""
+        """The state for the next step; weights of one shape and role are updated in one batched computation."""
         paths, leaves, _ = flatten(params)
         chosen = self._chosen(paths, leaves)
         self._check(state, paths, chosen)
@@ -149,12 +150,18 @@ def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None 
 
 
 def _by_shape(work: dict[int, tuple[Transform, tuple]], paths: list[str], f) -> dict[int, State]:
-    """f(transform, *arguments) for every weight; those of one transform, shape and dtype under one vmap."""
+    """f(transform, *arguments) for every weight; those alike are stacked and go through one vmap.
+
+    Alike are weights of one transform, shape, dtype and sharding whose paths differ in numbers only. The last is for
+    the shardings that a jitted function cannot see: the layers of a model are sharded alike, but its query and its
+    output projection are not, and to stack those would move weights between devices.
+    """
     groups: dict[Any, list[int]] = {}
     for i, (t, arguments) in work.items():
-        signature = jax.tree.map(_signature, arguments)
-        leaves, treedef = jax.tree.flatten(signature, is_leaf=lambda s: isinstance(s, tuple) and len(s) == 3)
-        groups.setdefault((id(t) if _unhashable(t) else t, treedef, tuple(map(str, leaves))), []).append(i)
+        leaves, treedef = jax.tree.flatten(arguments)
+        role = re.sub(r"\d+", "#", paths[i])
+        key = (id(t) if _unhashable(t) else t, role, treedef, tuple(map(_signature, leaves)))
+        groups.setdefault(key, []).append(i)
     out: dict[int, State] = {}
     for members in groups.values():
         t = work[members[0]][0]
@@ -170,7 +177,6 @@ def _by_shape(work: dict[int, tuple[Transform, tuple]], paths: list[str], f) -> 
 
 
 def _signature(x: jax.Array) -> tuple:
-    # Weights that are sharded differently are not stacked: that would move them between devices.
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
     return (x.shape, x.dtype, sharding)
 

@@ -116,11 +116,11 @@ def test_the_first_rule_that_matches_is_taken():
 
 
 def test_weights_of_one_shape_are_updated_in_one_computation():
-    """The number of contractions in the program depends on the shapes, not on the leaves."""
+    """The number of contractions in the program depends on the shapes and roles, not on the leaves."""
     lifted = jw.on_tree(jw.SpectralNorm())
 
     def contractions(n):
-        tree = {str(i): jax.random.normal(jax.random.key(i), (4, 5)) for i in range(n)}
+        tree = {f"layer_{i}": {"kernel": jax.random.normal(jax.random.key(i), (4, 5))} for i in range(n)}
         state = lifted.init(tree, KEY)
         return str(jax.make_jaxpr(lifted.update)(tree, state)).count("dot_general")
 
