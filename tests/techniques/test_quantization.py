@@ -1,0 +1,249 @@
+"""Quantization: fake and stored, against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxweights as jw
+from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE
+
+FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
+READINGS = [
+    ((40, 30), DENSE, (0,)),
+    ((3, 2, 8, 5), CONV, (0, 1, 2)),
+    ((20, 4, 3), ATTENTION_IN, (0,)),
+    ((4, 5, 6), ATTENTION_OUT, (0, 1)),
+    ((3, 20, 4), DENSE.stacked(), (1,)),
+    ((50,), None, (0,)),
+]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+# fake_quantize
+
+
+def min_max(w, bits, over=None):
+    """The formula, and how far each weight is from the nearest tie of the rounding, in steps."""
+    low, high = w.min(over, keepdims=True), w.max(over, keepdims=True)
+    levels = 2**bits - 1
+    position = (w - low) / (high - low) * levels
+    return np.round(position) * (high - low) / levels + low, np.abs(position - np.floor(position) - 0.5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_fake_quantize_float64(bits):
+    w = normal(30, 40)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(jw.fake_quantize(jnp.asarray(w), bits), min_max(w, bits)[0], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8, 12])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("offset", [0, 10])
+def test_fake_quantize(bits, dtype, offset):
+    w = jnp.asarray(normal(30, 40) + offset, dtype)
+    out = jw.fake_quantize(w, bits)
+    assert out.dtype == dtype
+    expected, to_tie = min_max(np.float64(w), bits)
+    sure = to_tie > 1e-5 * 2**bits
+    assert sure.mean() > 0.9
+    atol = 2 * float(jnp.finfo(dtype).eps) * np.abs(np.float64(w)).max()
+    np.testing.assert_allclose(np.float64(out)[sure], expected[sure], atol=atol)
+    assert out.min() == w.min() and out.max() == w.max()
+
+
+def test_fake_quantize_keeps_the_digits_of_a_distant_range():
+    w = np.float32(1000 + np.linspace(0, 1, 200))
+    expected, to_tie = min_max(w.astype(np.float64), 12)
+    sure = to_tie > 0.01
+    np.testing.assert_allclose(jw.fake_quantize(jnp.asarray(w), 12)[sure], expected[sure], rtol=1.3e-7)
+
+
+@pytest.mark.parametrize(("shape", "axes", "over"), READINGS[:5])
+def test_fake_quantize_per_output_unit(shape, axes, over):
+    w = np.float32(normal(*shape))
+    expected, to_tie = min_max(w.astype(np.float64), 4, over)
+    out = np.asarray(jw.fake_quantize(jnp.asarray(w), 4, axes=axes))
+    np.testing.assert_allclose(out[to_tie > 1e-4], expected[to_tie > 1e-4], atol=1e-6)
+    np.testing.assert_array_equal(jw.FakeQuantize(4, per_unit=True, axes=axes).apply(jnp.asarray(w), {}), out)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(-1e3, 1e3, width=16), min_size=12, max_size=12), st.sampled_from([1, 2, 5, 8]))
+def test_fake_quantize_is_near_and_has_few_values(values, bits):
+    w = np.float32(values)
+    out = np.float64(jw.fake_quantize(jnp.asarray(w), bits))
+    span = float(w.max()) - float(w.min())
+    rounding = 1e-6 * np.abs(w).max()
+    assert (np.abs(out - w) <= span / (2**bits - 1) / 2 + rounding).all()
+    assert len(np.unique(out)) <= 2**bits
+    assert out.min() == w.min() and out.max() == w.max()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [0.0, -0.3, 6e4])
+def test_fake_quantize_of_a_constant(dtype, value):
+    w = jnp.full((3, 4), value, dtype)
+    for axes in (None, DENSE):
+        np.testing.assert_array_equal(jw.fake_quantize(w, 3, axes=axes), w)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 3.4e38), (jnp.bfloat16, 3.3e38), (jnp.float16, 65504)])
+def test_fake_quantize_of_huge_weights(bits, dtype, size):
+    w = jnp.asarray(np.array([-1, -0.35, 0.1, 0.7, 1]) * size, dtype)
+    expected = min_max(np.float64(w), bits)[0]
+    found = np.float64(jw.fake_quantize(w, bits))
+    np.testing.assert_allclose(found / size, expected / size, atol=2 * float(jnp.finfo(dtype).eps))
+
+
+def test_fake_quantize_gradient_is_straight_through():
+    w, cotangent = jnp.float32(normal(4, 5)), jnp.float32(normal(4, 5, seed=1))
+    for t in (jw.FakeQuantize(2), jw.FakeQuantize(2, per_unit=True)):
+        np.testing.assert_array_equal(jax.vjp(lambda w, t=t: t.apply(w, {}), w)[1](cotangent)[0], cotangent)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_fake_quantize_of_nan(bad):
+    out = jw.fake_quantize(jnp.array([[bad, 1.0], [1.0, 2.0], [3.0, 4.0]]), 1, axes=DENSE)
+    assert jnp.isnan(out[:, 0]).all()
+    np.testing.assert_array_equal(out[:, 1], [1, 1, 4])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (3, 0)])
+def test_fake_quantize_of_little(shape):
+    w = jnp.full(shape, 2.0)
+    np.testing.assert_array_equal(jw.fake_quantize(w, 4), w)
+
+
+# quantize, dequantize
+
+
+@pytest.mark.parametrize(("shape", "axes", "over"), READINGS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize(shape, axes, over, bits, dtype):
+    w = jnp.asarray(normal(*shape), dtype)
+    exact, largest = np.float64(w), 2 ** (bits - 1) - 1
+    q = jw.quantize(w, bits, axes=axes)
+    scale = np.abs(exact).max(over, keepdims=True) / largest
+    np.testing.assert_allclose(q.scale, scale, rtol=1e-6)
+    assert q.codes.dtype == jnp.int8 and q.shape == shape and q.nbytes == q.codes.size + 4 * scale.size
+    position = exact / scale
+    sure = np.abs(position - np.floor(position) - 0.5) > 1e-4
+    np.testing.assert_array_equal(np.asarray(q.codes)[sure], np.round(position)[sure])
+    # |w − codes·s| <= s/2, with the stored scale
+    stored = np.float64(q.scale)
+    assert (np.abs(exact - np.float64(q.codes) * stored) <= stored / 2 * (1 + 1e-5)).all()
+
+    back = jw.dequantize(q)
+    assert back.dtype == dtype
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float64(back), np.float64(q.codes) * stored, rtol=eps)
+
+
+def test_quantize_float64_keeps_its_bound_with_a_float32_scale():
+    with jax.enable_x64(True):
+        w = normal(500, 4)
+        q = jw.quantize(jnp.asarray(w), 8)
+        scale = np.float64(q.scale)
+        assert q.scale.dtype == jnp.float32 and jw.dequantize(q).dtype == jnp.float64
+        largest = np.abs(w) > 127 * scale  # the float32 scale may have been rounded down
+        assert (np.abs(w - np.float64(q.codes) * scale) <= scale / 2 * (1 + 1e-12)).all() and largest.sum() <= 4
+        product = np.float64(q.codes) * scale
+        np.testing.assert_allclose(jw.dequantize(q), product, rtol=1e-6)
+
+
+def test_quantize_zero_units_and_nothing():
+    w = jnp.array([[0.0, 1.0], [0.0, -2.0]])
+    q = jw.quantize(w, 8)
+    assert q.scale[0, 0] == 0 and not q.codes[:, 0].any() and not jw.dequantize(q)[:, 0].any()
+    for shape in ((0, 3), (3, 0), (0,)):
+        assert jw.dequantize(jw.quantize(jnp.zeros(shape), 4)).shape == shape
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 1e38), (jnp.bfloat16, 1e38), (jnp.float16, 65504)])
+def test_quantize_of_huge_weights(dtype, size):
+    w = jnp.asarray(np.array([[1.0], [-0.5], [0.25]]) * size, dtype)
+    back = jw.dequantize(jw.quantize(w, 8))
+    assert jnp.isfinite(back).all()
+    np.testing.assert_allclose(np.float64(back) / size, np.float64(w) / size, atol=1 / 254 + 0.01)
+
+
+def test_quantized_arrays_go_through_jit_and_vmap():
+    w = jnp.float32(normal(3, 8, 4))
+    q = jax.jit(jax.vmap(lambda w: jw.quantize(w, 8)))(w)
+    back = jax.vmap(jw.dequantize)(q)
+    for i in range(3):
+        np.testing.assert_array_equal(back[i], jw.dequantize(jax.jit(lambda w: jw.quantize(w, 8))(w[i])))
+    leaves, structure = jax.tree.flatten(q)
+    np.testing.assert_array_equal(jw.dequantize(jax.tree.unflatten(structure, leaves)), jw.dequantize(q))
+
+
+# matmul
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "spec"),
+    [
+        ((40, 30), None, "...i,io->...o"),
+        ((20, 4, 3), ATTENTION_IN, "...i,iop->...op"),
+        ((4, 5, 6), ATTENTION_OUT, "...ij,ijo->...o"),
+        ((6, 4, 5), jw.Axes(input=(1, 2), output=0), "...ij,oij->...o"),
+        ((3, 2, 8, 5), CONV, "...hwi,hwio->...o"),
+        ((50,), None, "...i,i->..."),
+    ],
+)
+@pytest.mark.parametrize("lead", [(), (7,), (2, 3)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_matmul(shape, axes, spec, lead, bits):
+    q = jw.quantize(jnp.float32(normal(*shape)), bits, axes=axes)
+    inputs = [shape[a] for a in (axes.input if axes else (0,))]
+    inputs = shape[:3] if axes is CONV else inputs
+    x = np.float32(normal(*lead, *inputs, seed=1))
+    dense = np.float64(q.codes) * np.float64(q.scale)
+    expected = np.einsum(spec, x.astype(np.float64), dense)
+    np.testing.assert_allclose(jw.matmul(jnp.asarray(x), q), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_matmul_accumulates_in_float32(dtype):
+    x, q = jnp.full((3000,), 1.0, dtype), jw.quantize(jnp.ones((3000, 2)), 8)
+    out = jw.matmul(x, q)
+    assert out.dtype == dtype
+    np.testing.assert_array_equal(out, jnp.full(2, 3000.0, dtype))
+
+
+def test_matmul_gradient_of_the_input():
+    q = jw.quantize(jnp.float32(normal(6, 4)), 8)
+    gradient = jax.grad(lambda x: jw.matmul(x, q).sum())(jnp.ones(6))
+    np.testing.assert_allclose(gradient, (np.float64(q.codes) * np.float64(q.scale)).sum(1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: jw.fake_quantize(jnp.ones(3), 0), ValueError, "bits"),
+        (lambda: jw.fake_quantize(jnp.ones(3), 17), ValueError, "bits"),
+        (lambda: jw.fake_quantize(jnp.ones(3), 2.0), TypeError, "bits"),
+        (lambda: jw.quantize(jnp.ones(3), 1), ValueError, "bits"),
+        (lambda: jw.quantize(jnp.ones(3), 9), ValueError, "bits"),
+        (lambda: jw.dequantize(jnp.ones(3)), TypeError, "QuantizedArray"),
+        (lambda: jw.matmul(jnp.ones(3), jnp.ones((3, 2))), TypeError, "QuantizedArray"),
+        (lambda: jw.matmul(jnp.ones(4), jw.quantize(jnp.ones((3, 2)), 8)), ValueError, "input axes"),
+        (
+            lambda: jw.matmul(jnp.ones(3), jw.quantize(jnp.ones((5, 3, 2)), 8, axes=DENSE.stacked())),
+            ValueError,
+            "batch",
+        ),
+    ],
+)
+def test_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
