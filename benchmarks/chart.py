@@ -28,7 +28,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for panel, (name, rows) in zip(panels[:, 0], groups, strict=True):
         draw_group(panel, name, rows)
     e = report["environment"]
-    title = "jaxweights: ratio to the other (left of 1 is better)"
+    title = "jaxweights: median ratio to the other, quartiles, and the goal as a black bar (less is better)"
     figure.suptitle(f"{title}\n{e['device']}, jax {e['jax']}, flax {e['flax']}, optax {e['optax']}", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -44,7 +44,13 @@ def draw_group(panel: plt.Axes, name: str, rows: list[dict[str, Any]]) -> None:
     panel.barh(places, medians, xerr=spread, color=[color(r) for r in rows], height=0.68, ecolor="#333333", capsize=2)
     right = max([*(r["ratio"]["high"] for r in rows), *(r["goal"] or 0 for r in rows), 1])
     for place, r in zip(places, rows, strict=True):
-        panel.text(r["ratio"]["high"] + right * 0.015, place, f"{r['ratio']['median']:.2f}", va="center", fontsize=8)
+        panel.text(
+            max(r["ratio"]["high"], r["goal"] or 0) + right * 0.015,
+            place,
+            f"{r['ratio']['median']:.2f}",
+            va="center",
+            fontsize=8,
+        )
         if r["goal"] is not None:
             panel.plot([r["goal"]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)
     panel.axvline(1, color="black", linewidth=0.8, linestyle=":")

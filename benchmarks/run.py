@@ -61,9 +61,8 @@ def parse() -> argparse.Namespace:
 
 
 def environment() -> dict[str, Any]:
-    device = jax.devices()[0]
     return {
-        "device": f"{device.device_kind} ({jax.default_backend()}), {os.cpu_count()} CPU cores",
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }

@@ -54,7 +54,7 @@ class Effort:
 
 
 def compare(ours: Program, theirs: Program, effort: Effort) -> Comparison:
-    """Runs both in turn, the first of a round alternating, after a warm-up. If that takes too long, it is the result."""
+    """Runs both in turn, the first of a round alternating, after a warm-up; one too slow is the result."""
     warm_up = seconds(ours, 1), seconds(theirs, 1)
     repeats = math.ceil(SAMPLE_SECONDS / min(warm_up))
     if sum(warm_up) > effort.seconds:
