@@ -75,7 +75,7 @@ def table(title: str, results: dict[str, Result], steps_per_round: int) -> None:
         view.add_column(heading, justify="right")
     for name, r in results.items():
         cells = [
-            f"[bold green]{show(r)}[/]" if column == r.technique.column else show(r)
+            f"[bold cyan]{show(r)}[/]" if column == r.technique.column else show(r)
             for column, (_, show) in columns.items()
         ]
         view.add_row(name, r.technique.promise, *cells, end_section=name in ("baseline", list(results)[-2]))
@@ -83,9 +83,9 @@ def table(title: str, results: dict[str, Result], steps_per_round: int) -> None:
         f"{name} {100 * r.stored_accuracy:.1f}%" for name, r in results.items() if r.technique.stored_bits
     )
     view.caption = (
-        "Measured on the kernels the model computes with; σ and values are those of the kernel with most. kB: all "
-        "that evaluation needs, in float32, or kernels as jw.quantize stores them (codes and scales; accuracy from "
-        f"those: {stored}). Zeros and shared values are not packed."
+        "In colour: the promise. Measured on the kernels the model computes with; σ and values are those of the "
+        "kernel with most. kB: all that evaluation needs, in float32, or kernels as jw.quantize stores them (codes "
+        f"and scales; accuracy from those: {stored}). Zeros and shared values are not packed."
     )
     console = Console()
     if not console.is_terminal:
