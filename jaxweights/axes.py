@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxweights.transform import check_integer, check_shape
+from jaxweights.checks import check_integer, check_shape
 
 AxisSpec = int | Sequence[int]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from jaxweights.axes import Axes
+from jaxweights.checks import check_scalar, check_state
 
 State = dict[str, jax.Array]
 Number = float | jax.Array
@@ -55,6 +56,12 @@ class Transform:
     def apply(self, w: jax.Array, state: State) -> jax.Array:
         """The transformed weight."""
         raise TypeError(f"{type(self).__name__} defines no apply: a transform is at least apply(w, state)")
+
+    def with_axes(self, axes: Axes) -> Transform:
+        """This spec with `axes`, where it has a field for them that the user left open. A tree tells them of a weight."""
+        if "axes" in (f.name for f in dataclasses.fields(self)) and getattr(self, "axes") is None:  # noqa: B009
+            return dataclasses.replace(self, **{"axes": axes})
+        return self
 
     def value(self, name: str, state: State) -> Any:
         """The field `name`, or, where it is a schedule, its value at the last update."""
@@ -119,6 +126,10 @@ class Chain(Transform):
             w = t.apply(w, self._part(i, state))
         return w
 
+    def with_axes(self, axes):
+        """The chain of the members with `axes`."""
+        return Chain(*(t.with_axes(axes) for t in self.transforms))
+
     def _part(self, i: int, state: State) -> State:
         check_state(state)
         prefix = f"{i}."
@@ -131,77 +142,3 @@ def check_transform(where: str, t) -> None:
         raise TypeError(f"{where} got the class {t.__name__}: make an instance, {t.__name__}(...)")
     if not isinstance(t, Transform):
         raise TypeError(f"{where} needs a jaxweights.Transform, got {type(t).__name__}: {t!r}")
-
-
-def check_weight(w, name: str = "w") -> jax.Array:
-    """`w` as a JAX array, or an error unless it is an array of a real floating dtype."""
-    if not isinstance(w, jax.Array | np.ndarray | np.generic | float) or isinstance(w, bool):
-        raise TypeError(
-            f"{name} must be a floating-point array, got {type(w).__name__}: for a tree of weights use "
-            f"jaxweights.on_tree, else convert it with jnp.asarray"
-        )
-    dtype = jnp.result_type(w)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"{name} must be real, got {dtype}: transform .real and .imag on their own")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} must be of a floating dtype, got {dtype}: convert it with .astype(jnp.float32)")
-    return jnp.asarray(w)
-
-
-def check_scalar(name: str, value, low: float = -math.inf, high: float = math.inf, *, schedule: bool = False):
-    """Raises unless `value` is a real number in [low, high]; schedules and the values of JAX arrays are taken as is.
-
-    `schedule` says whether a callable is welcome.
-    """
-    kind = "a number or a schedule" if schedule else "a number"
-    if callable(value):
-        if not schedule:
-            raise TypeError(f"{name} must be a number here, got the callable {value!r}: evaluate it at the step first")
-        return
-    if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, np.generic):
-        if value.shape != ():
-            raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}: pass one number")
-        if not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
-            raise TypeError(f"{name} must be {kind}, got an array of dtype {value.dtype}: pass a real number")
-        if isinstance(value, jax.Array):
-            return
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} must be {kind}, got {type(value).__name__} {value!r}: pass a real number")
-    if math.isnan(value):
-        raise ValueError(f"{name} must be a number, got NaN: look where it was computed")
-    if not low <= value <= high:
-        bounds = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be {bounds}, got {value!r}")
-
-
-def check_integer(name: str, value, low: int, high: int | None = None) -> None:
-    """Raises unless `value` is a Python integer in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}: pass a Python int")
-    if value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {bounds}, got {value!r}")
-
-
-def check_shape(name: str, shape) -> tuple[int, ...]:
-    """`shape` as a tuple, or an error unless it is a sequence of integers of at least 0."""
-    if isinstance(shape, str | int | float) or not isinstance(shape, Sequence):
-        raise TypeError(f"{name} must be a sequence of integers, got {shape!r}: write (2, 3), or (2,) for one axis")
-    for size in shape:
-        check_integer(f"each size in {name}", size, 0)
-    return tuple(shape)
-
-
-def check_state(state, **shapes: tuple[int, ...] | None) -> None:
-    """Raises unless `state` is a dict with an array of each name and shape; None is any shape."""
-    if not isinstance(state, Mapping):
-        raise TypeError(f"state must be the dict that init returned, got {type(state).__name__}: pass init(w, key)")
-    remedy = "pass the state that init returned for this weight (in Flax Linen, all its collections)"
-    for name, shape in shapes.items():
-        if name not in state:
-            raise ValueError(f"the state has no {name!r}, it has {sorted(state)}: {remedy}")
-        if shape is not None and jnp.shape(state[name]) != shape:
-            raise ValueError(
-                f"the state has {name!r} of shape {jnp.shape(state[name])}, this weight needs {shape}: {remedy}"
-            )

@@ -293,6 +293,7 @@ SPECS = [
     ("FakeQuantize 0", lambda: jw.FakeQuantize(0), V, "bits must be from 1 to 16, got 0"),
     ("FakeQuantize 33", lambda: jw.FakeQuantize(33), V, "bits must be from 1 to 16, got 33"),
     ("FakeQuantize 1.5", lambda: jw.FakeQuantize(1.5), T, INTEGER),
+    ("FakeQuantize axes", lambda: jw.FakeQuantize(4, axes=jw.Axes()), V, "give per_unit=True too"),
     ("FakeQuantize True", lambda: jw.FakeQuantize(True), T, INTEGER),
     ("SpectralNorm 0", lambda: jw.SpectralNorm(0), V, "n_steps must be at least 1"),
     ("SpectralNorm 1.0", lambda: jw.SpectralNorm(1.0), T, INTEGER),
@@ -451,7 +452,6 @@ LEVELS = [
     ("nnx layer features", lambda: jw.nnx.LayerNorm(3)(x), V, "scale must have shape (4,)"),
     ("nnx layer axes", lambda: jw.nnx.LayerNorm(4, reduction_axes=(0, 2))(x), V, "axis must name axes of x (2, 4)"),
     ("nnx layer integers", lambda: jw.nnx.LayerNorm(4)(integers(x)), T, FLOAT),
-    # Not refused by the levels yet, or not in their own words.
     ("where 3", lambda: lift(norm, 3), T, WHERE),
     ("state missing, update", lambda w: SPECTRAL.update(tree(w), NO_STATE), V, at(SN, "the state has no 'u'")),
     ("grads of another tree", lambda w: SPECTRAL.update(tree(w), STATE, {"head": w}), V, "'head'"),

@@ -10,10 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxweights.checks import check_weight
 from jaxweights.lifts.paths import STATE, Where
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
-from jaxweights.techniques.batch_norm import batch_norm, batch_stats, running_stats
-from jaxweights.techniques.layer_norm import layer_norm
+from jaxweights.techniques.batch_norm import batch_norm, batch_stats, check_features, running_stats
+from jaxweights.techniques.layer_norm import check_axis, layer_norm
 from jaxweights.transform import Transform
 
 __all__ = ["BatchNorm", "LayerNorm", "Transformed"]
@@ -54,6 +55,11 @@ class Transformed(nn.Module):
 
     def setup(self):
         """Puts the module in the wrapper's scope, so that no name changes."""
+        if not isinstance(self.module, nn.Module):
+            remedy = "NNX has nnx.transformed"
+            if isinstance(self.module, type):
+                remedy = f"make an instance, {self.module.__name__}(...)"
+            raise TypeError(f"module must be a linen.Module, got {self.module!r}: {remedy}")
         if isinstance(self.module, Transformed):
             raise ValueError(
                 "Transformed got a module that is itself a Transformed: compose the transforms instead, "
@@ -145,6 +151,7 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
         """Normalises `x`, shape (..., features); only entries where `mask` is true count."""
+        x = check_features(x)
         evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         shape = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
@@ -178,8 +185,9 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Normalises `x` within each sample."""
-        axes = (self.reduction_axes,) if isinstance(self.reduction_axes, int) else tuple(self.reduction_axes)
-        shape = tuple(x.shape[a] for a in sorted(a % x.ndim for a in axes))
+        x = check_weight(x, "x")
+        axes = check_axis(self.reduction_axes, x.shape)
+        shape = tuple(x.shape[a] for a in axes)
         scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else None
         bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
         return layer_norm(x, scale, bias, axis=axes, eps=self.epsilon)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxweights.checks import check_shape
 from jaxweights.lifts.paths import STATE, Where
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
 from jaxweights.techniques.batch_norm import batch_norm, batch_stats, running_stats
@@ -65,7 +66,12 @@ def transformed(
     True
     """
     if not isinstance(module, nnx.Module):
-        raise TypeError(f"module must be an nnx.Module, got {type(module).__name__}: Linen has linen.Transformed")
+        remedy = "Linen has linen.Transformed"
+        if isinstance(module, type):
+            remedy = f"make an instance, {module.__name__}(...)"
+        raise TypeError(f"module must be an nnx.Module, got {module!r}: {remedy}")
+    if rngs is not None and not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs must be an nnx.Rngs, got {type(rngs).__name__}: write nnx.Rngs(0)")
     if hasattr(module, STATE):
         raise ValueError(
             "transformed got a module that is already transformed: compose the transforms instead, "
@@ -213,10 +219,11 @@ class BatchNorm(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        self.mean = nnx.BatchStat(jnp.zeros(num_features))
-        self.var = nnx.BatchStat(jnp.ones(num_features))
-        self.scale = nnx.Param(jnp.ones(num_features)) if use_scale else nnx.data(None)
-        self.bias = nnx.Param(jnp.zeros(num_features)) if use_bias else nnx.data(None)
+        shape = check_shape("num_features", (num_features,))
+        self.mean = nnx.BatchStat(jnp.zeros(shape))
+        self.var = nnx.BatchStat(jnp.ones(shape))
+        self.scale = nnx.Param(jnp.ones(shape)) if use_scale else nnx.data(None)
+        self.bias = nnx.Param(jnp.zeros(shape)) if use_bias else nnx.data(None)
         self.use_running_average = use_running_average
         self.momentum, self.epsilon, self.axis_name = momentum, epsilon, axis_name
 
@@ -270,7 +277,7 @@ class LayerNorm(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+        shape = check_shape("num_features", num_features if isinstance(num_features, Sequence) else (num_features,))
         self.scale = nnx.Param(jnp.ones(shape)) if use_scale else nnx.data(None)
         self.bias = nnx.Param(jnp.zeros(shape)) if use_bias else nnx.data(None)
         self.epsilon = epsilon

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxweights.lifts.paths import Where, flatten, select
+from jaxweights.checks import check_scalar
+from jaxweights.lifts.paths import Where, check_structure, flatten, naming, select
 from jaxweights.lifts.tree import TreeState, on_tree
 from jaxweights.numerics import exact_delta, exact_sum
 from jaxweights.techniques.weight_decay import weight_decay
-from jaxweights.transform import Scalar, Transform, check_scalar
+from jaxweights.transform import Scalar, Transform
 
 
 class ProjectState(NamedTuple):
@@ -65,7 +66,7 @@ def project(
     def update(updates, state, params=None, **extra_args):
         del extra_args
         _check_params("project", params)
-        _check_structure("project", updates, params)
+        check_structure("project", "updates", updates, params)
         paths, p_leaves, treedef = flatten(params)
         u_leaves = _aligned(updates, paths)
         chosen = select(paths, p_leaves, lifted.rules, lifted.where)
@@ -122,14 +123,15 @@ def add_weight_decay(rate: Scalar, where: Where | None = None) -> optax.Gradient
 
     def update(updates, state, params=None):
         _check_params("add_weight_decay", params)
-        _check_structure("add_weight_decay", updates, params)
+        check_structure("add_weight_decay", "updates", updates, params)
         now = rate(state.step) if callable(rate) else rate
         paths, p_leaves, _ = flatten(params)
         weights = {paths[i]: p_leaves[i] for i in select(paths, p_leaves, [(None, None)], where)}
         u_paths, flat, treedef = flatten(updates)
-        decayed = [
-            weight_decay(u, weights[path], now) if path in weights else u for path, u in zip(u_paths, flat, strict=True)
-        ]
+        decayed = []
+        for path, u in zip(u_paths, flat, strict=True):
+            with naming("add_weight_decay", path):
+                decayed.append(weight_decay(u, weights[path], now) if path in weights else u)
         new_state = WeightDecayState(jnp.asarray(optax.safe_increment(state.step))) if callable(rate) else state
         return jax.tree_util.tree_unflatten(treedef, decayed), new_state
 
@@ -139,20 +141,6 @@ def add_weight_decay(rate: Scalar, where: Where | None = None) -> optax.Gradient
 def _check_params(name: str, params: Any) -> None:
     if params is None:
         raise ValueError(f"{name} needs the parameters: call tx.update(grads, state, params)")
-
-
-def _check_structure(name: str, updates: Any, params: Any) -> None:
-    """Every update must have a parameter of its shape; parameters without an update (None, masked) are fine."""
-    paths, leaves, _ = flatten(params)
-    shapes = {p: jnp.shape(a) for p, a in zip(paths, leaves, strict=True)}
-    for path, u in zip(*flatten(updates)[:2], strict=True):
-        if path not in shapes:
-            raise ValueError(f"{name}: updates has {path!r}, params does not: pass the parameters of these gradients")
-        if jnp.shape(u) != shapes[path]:
-            raise ValueError(
-                f"{name}: updates at {path!r} has shape {jnp.shape(u)}, params {shapes[path]}: pass the parameters "
-                f"of these gradients"
-            )
 
 
 def _aligned(updates: Any, paths: list[str]) -> list[Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -63,13 +64,43 @@ def select(
     return chosen
 
 
+@contextlib.contextmanager
+def naming(name: str, path: str):
+    """Adds the name of the transform and the path to the errors of bad input."""
+    try:
+        yield
+    except KeyError as e:
+        raise ValueError(
+            f"{name} at {path!r}: the state has no {e}. Pass the state that init returned for this tree; "
+            f"for a Linen module, all the collections that it returned"
+        ) from e
+    except (TypeError, ValueError) as e:
+        if type(e) not in (TypeError, ValueError):
+            raise
+        raise type(e)(f"{name} at {path!r}: {e}") from e
+
+
+def check_structure(name: str, what: str, updates: Any, params: Any) -> None:
+    """Every leaf of `updates` must have a parameter of its shape; parameters without one (None, masked) are fine."""
+    paths, leaves, _ = flatten(params)
+    shapes = {p: jnp.shape(a) for p, a in zip(paths, leaves, strict=True)}
+    for path, u in zip(*flatten(updates)[:2], strict=True):
+        if path not in shapes:
+            raise ValueError(f"{name}: {what} has {path!r}, params does not: pass the parameters of these gradients")
+        if jnp.shape(u) != shapes[path]:
+            raise ValueError(
+                f"{name}: {what} at {path!r} has shape {jnp.shape(u)}, params {shapes[path]}: pass the parameters "
+                f"of these gradients"
+            )
+
+
 def _matching(among: list[int], paths: Sequence[str], leaves: Sequence[Any], where: Where) -> list[int]:
     if callable(where):
         matched = [i for i in among if where(paths[i], leaves[i])]
         if not matched:
             _nothing(f"where={getattr(where, '__name__', where)!r}", paths, leaves)
         return matched
-    patterns = [where] if isinstance(where, str) else list(where)
+    patterns = [where] if isinstance(where, str) else list(where) if isinstance(where, Iterable) else []
     if not patterns or not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"where must be a glob, a list of globs or a predicate (path, array) -> bool, got {where!r}")
     found: set[int] = set()

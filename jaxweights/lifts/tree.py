@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxweights.axes import Axes, infer_axes
-from jaxweights.lifts.paths import Where, flatten, is_weight, select
-from jaxweights.transform import Chain, State, Transform, check_transform
+from jaxweights.axes import infer_axes
+from jaxweights.lifts.paths import Where, check_structure, flatten, is_weight, naming, select
+from jaxweights.transform import State, Transform, check_transform
 
 
 class TreeState(NamedTuple):
@@ -57,12 +56,16 @@ class TreeTransform:
         paths, leaves, _ = flatten(params)
         chosen = self._chosen(paths, leaves)
         self._check(state, paths, chosen)
-        chosen = {i: t for i, t in chosen.items() if paths[i] in state.fixed}
         by_path: dict[str, Any] = {}
         if grads is not None:
+            check_structure("update", "grads", grads, params)
             grad_paths, grad_leaves, _ = flatten(grads)
             by_path = dict(zip(grad_paths, grad_leaves, strict=True))
         work = {i: (t, (leaves[i], self._state(paths[i], state, t), by_path.get(paths[i]))) for i, t in chosen.items()}
+        for i in [i for i in work if paths[i] not in state.fixed]:  # nothing to move; the transform checks that
+            t, arguments = work.pop(i)
+            with naming(type(t).__name__, paths[i]):
+                t.update(*arguments)
         new = _by_shape(work, paths, lambda t, w, s, g: t.update(w, s, g))
         fixed = dict(state.fixed)
         for i, entry in new.items():
@@ -75,7 +78,7 @@ class TreeTransform:
         chosen = self._chosen(paths, leaves)
         self._check(state, paths, chosen)
         for i, t in chosen.items():
-            with _naming(t, paths[i]):
+            with naming(type(t).__name__, paths[i]):
                 leaves[i] = t.apply(leaves[i], self._state(paths[i], state, t))
         return jax.tree_util.tree_unflatten(treedef, leaves)
 
@@ -87,7 +90,7 @@ class TreeTransform:
     def _chosen(self, paths: list[str], leaves: list[Any]) -> dict[int, Transform]:
         chosen = select(paths, leaves, self.rules, self.where)
         inferred = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
-        return {i: _with_axes(t, inferred.get(paths[i])) for i, t in sorted(chosen.items())}
+        return {i: t.with_axes(inferred[paths[i]]) if paths[i] in inferred else t for i, t in sorted(chosen.items())}
 
     def _check(self, state: TreeState, paths: list[str], chosen: dict[int, Transform]) -> None:
         """A state must come from `init` on a tree with these paths."""
@@ -144,7 +147,7 @@ def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None 
     else:
         check_transform("on_tree", transform)
         rules = [(None, transform)]
-    if where is not None and not callable(where) and not isinstance(where, str):
+    if isinstance(where, Iterable) and not isinstance(where, str):
         where = tuple(where)
     return TreeTransform(tuple(rules), where)
 
@@ -165,7 +168,7 @@ def _by_shape(work: dict[int, tuple[Transform, tuple]], paths: list[str], f) -> 
     out: dict[int, State] = {}
     for members in groups.values():
         t = work[members[0]][0]
-        with _naming(t, paths[members[0]]):
+        with naming(type(t).__name__, paths[members[0]]):
             if len(members) == 1:
                 out[members[0]] = f(t, *work[members[0]][1])
                 continue
@@ -187,30 +190,3 @@ def _unhashable(t: Transform) -> bool:
     except TypeError:  # a field is an array, as under optax.inject_hyperparams
         return True
     return False
-
-
-def _with_axes(t: Transform, axes: Axes | None) -> Transform:
-    """`t` with the axes that follow from the tree, where it has axes and the user gave none."""
-    if axes is None:
-        return t
-    if isinstance(t, Chain):
-        return Chain(*(_with_axes(member, axes) for member in t.transforms))
-    if any(f.name == "axes" for f in dataclasses.fields(t)) and t.axes is None:  # type: ignore[attr-defined]
-        return dataclasses.replace(t, axes=axes)  # type: ignore[call-arg]
-    return t
-
-
-@contextlib.contextmanager
-def _naming(t: Transform, path: str):
-    """Adds the transform and the path to the errors of bad input."""
-    try:
-        yield
-    except KeyError as e:
-        raise ValueError(
-            f"{type(t).__name__} at {path!r}: the state has no {e}. Pass the state that init returned for this tree; "
-            f"for a Linen module, all the collections that it returned"
-        ) from e
-    except (TypeError, ValueError) as e:
-        if type(e) not in (TypeError, ValueError):
-            raise
-        raise type(e)(f"{type(t).__name__} at {path!r}: {e}") from e

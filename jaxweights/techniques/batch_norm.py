@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading
+from jaxweights.checks import check_scalar, check_weight
 from jaxweights.numerics import moments, wide
-from jaxweights.transform import check_scalar, check_weight
 
 
 def batch_stats(

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import axis_tuple
+from jaxweights.checks import check_integer, check_scalar, check_weight
 from jaxweights.numerics import moments, wide
 from jaxweights.techniques.batch_norm import standardize
-from jaxweights.transform import check_integer, check_scalar, check_weight
 
 
 def layer_norm(

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading, axes_or_default
+from jaxweights.checks import check_integer, check_state, check_weight
 from jaxweights.numerics import automatic, safe_divide, safe_norm, wide
-from jaxweights.transform import Transform, check_integer, check_state, check_weight
+from jaxweights.transform import Transform
 
 _INITIAL_STEPS = 15
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading
+from jaxweights.checks import check_scalar, check_weight
 from jaxweights.numerics import safe_divide, safe_norm, wide
-from jaxweights.transform import Number, Scalar, Transform, check_scalar, check_weight
+from jaxweights.transform import Number, Scalar, Transform
 
 
 def clip_weights(w: jax.Array, limit: Number) -> jax.Array:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxweights.checks import check_scalar, check_weight
 from jaxweights.numerics import wide
-from jaxweights.transform import Number, check_scalar, check_weight
+from jaxweights.transform import Number
 
 
 def weight_decay(grad: jax.Array, w: jax.Array, rate: Number) -> jax.Array:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading
+from jaxweights.checks import check_state, check_weight
 from jaxweights.numerics import safe_divide, safe_norm, wide
-from jaxweights.transform import Transform, check_state, check_weight
+from jaxweights.transform import Transform
 
 
 def weight_normalize(w: jax.Array, scale: jax.Array | None = None, *, axes: Axes | None = None) -> jax.Array:

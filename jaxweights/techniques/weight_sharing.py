@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxweights.checks import check_integer, check_shape, check_state, check_weight
 from jaxweights.numerics import automatic, wide
-from jaxweights.transform import Transform, check_integer, check_shape, check_state, check_weight
+from jaxweights.transform import Transform
 
 _LLOYD_STEPS = 50
 

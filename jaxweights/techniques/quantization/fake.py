@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading, axes_or_default
+from jaxweights.checks import check_integer, check_weight
 from jaxweights.numerics import safe_divide, straight_through, wide
-from jaxweights.transform import Transform, check_integer, check_weight
+from jaxweights.transform import Transform
 
 _MAX_BITS = 16  # above, 2^bits - 1 levels times a float32 range are not told apart
 
@@ -60,7 +61,7 @@ def fake_quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> jax.A
 class FakeQuantize(Transform):
     """Quantization-aware training: weights on a grid of 2^bits values, gradients straight through.
 
-    State: none; the range is that of the weights at hand.
+    State: none; the range is that of the weights at hand: of the whole tensor, or of each output unit if `per_unit`.
 
     >>> import jax.numpy as jnp
     >>> print(FakeQuantize(1).apply(jnp.array([0.0, 0.2, 0.6, 1.0]), {}))
@@ -73,6 +74,12 @@ class FakeQuantize(Transform):
 
     def __post_init__(self):
         check_integer("bits", self.bits, 1, _MAX_BITS)
+        if self.axes is not None and not self.per_unit:
+            raise ValueError(f"axes={self.axes} has no use for one range per tensor: give per_unit=True too")
+
+    def with_axes(self, axes):
+        """Axes are for the ranges per output unit."""
+        return super().with_axes(axes) if self.per_unit else self
 
     def apply(self, w, state):
         """`fake_quantize(w, bits)`, per output unit if `per_unit`."""

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading
+from jaxweights.checks import check_integer, check_weight
 from jaxweights.numerics import safe_divide, wide
-from jaxweights.transform import check_integer, check_weight
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype", "axes"])

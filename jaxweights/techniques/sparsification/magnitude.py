@@ -7,8 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxweights.checks import check_scalar, check_state, check_weight
 from jaxweights.numerics import round_half_up, smallest_mask, wide
-from jaxweights.transform import Number, Scalar, Transform, check_scalar, check_state, check_weight
+from jaxweights.transform import Number, Scalar, Transform
 
 
 def sparsify(w: jax.Array, threshold: Number) -> jax.Array:
