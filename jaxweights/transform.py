@@ -58,7 +58,7 @@ class Transform:
         raise TypeError(f"{type(self).__name__} defines no apply: a transform is at least apply(w, state)")
 
     def with_axes(self, axes: Axes) -> Transform:
-        """This spec with `axes`, where it has a field for them that the user left open. A tree tells them of a weight."""
+        """This spec with `axes`, where it has a field for them that the user left open: what a tree tells of them."""
         if "axes" in (f.name for f in dataclasses.fields(self)) and getattr(self, "axes") is None:  # noqa: B009
             return dataclasses.replace(self, **{"axes": axes})
         return self
