@@ -35,8 +35,7 @@ def test_wide():
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("axis", [(0,), (1,), (0, 2), (0, 1, 2), ()])
-@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize(("axis", "keepdims"), [((1,), False), ((0, 2), True), ((0, 1, 2), False), ((), True)])
 def test_safe_norm(dtype, axis, keepdims):
     x = jnp.asarray(normal(3, 4, 5), dtype)
     norm = safe_norm(x, axis, keepdims=keepdims)
@@ -158,13 +157,13 @@ def test_moments_do_not_see_what_does_not_count():
     np.testing.assert_array_equal(jax.grad(variance)(x), [-0.5, 0.5, 0, 0])
 
 
-@pytest.mark.parametrize("n_devices", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("n_devices", [1, 3, 4, 12])
 def test_moments_merge_to_one_big_batch(n_devices):
     x = normal(12, 5) * 3 + 7
     where = np.random.default_rng(2).random((12, 5)) < 0.6
     where[0] = where[5] = True
     split = lambda a: jnp.asarray(a).reshape(n_devices, -1, 5)
-    merged = jax.vmap(lambda x, where: moments(x, (0,), where=where, axis_name="d"), axis_name="d")
+    merged = jax.jit(jax.vmap(lambda x, where: moments(x, (0,), where=where, axis_name="d"), axis_name="d"))
     mean, var, count = merged(split(np.float32(x)), split(where))
     for i in range(n_devices):
         np.testing.assert_array_equal(count[i, 0], where.sum(0))
@@ -229,7 +228,7 @@ def argsort_rule(x, k):
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, jnp.float8_e4m3fn], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("shape", [(1,), (7,), (8,), (31, 3), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (8,), (31, 3)], ids=str)
 def test_smallest_mask(dtype, shape):
     """Hundreds of arrays and every k at once: normal, with ties, with zeros, with special values, all equal."""
     rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ def standardized(x, over, eps=1e-6):
     return (x - x.mean(over, keepdims=True)) / np.sqrt(x.var(over, keepdims=True) + eps)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("shape", "axis", "feature_shape", "expand"),
     [
@@ -49,16 +49,15 @@ def test_layer_and_rms_norm(shape, axis, feature_shape, expand, dtype):
 
 
 @pytest.mark.parametrize(("shape", "n_groups"), [((3, 6), 2), ((3, 6), 1), ((2, 4, 6), 3), ((2, 4, 5, 6), 6)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_group_norm(shape, n_groups, dtype):
+def test_group_norm(shape, n_groups):
     x, scale, bias = (
-        jnp.asarray(normal(*shape) + 2, dtype),
+        jnp.asarray(normal(*shape) + 2, jnp.float32),
         np.float32(normal(6, seed=1)),
         np.float32(normal(6, seed=2)),
     )
     grouped = np.float64(x).reshape(shape[0], -1, n_groups, 6 // n_groups)
     expected = standardized(grouped, (1, 3)).reshape(shape)
-    tolerance = 16 * float(jnp.finfo(dtype).eps)
+    tolerance = 16 * float(jnp.finfo(jnp.float32).eps)
     np.testing.assert_allclose(np.float64(jw.group_norm(x, n_groups=n_groups)), expected, atol=tolerance)
     out = jw.group_norm(x, jnp.asarray(scale), jnp.asarray(bias), n_groups=n_groups)
     np.testing.assert_allclose(np.float64(out), expected * scale + bias, atol=tolerance)
@@ -69,6 +68,17 @@ def test_instance_norm(shape):
     x, scale = jnp.float32(normal(*shape) + 2), np.float32(normal(shape[-1], seed=1))
     expected = standardized(x, tuple(range(1, len(shape) - 1))) * scale
     np.testing.assert_allclose(jw.instance_norm(x, jnp.asarray(scale)), expected, atol=1e-5)
+
+
+def vjp(f, cotangent, *args):
+    """The value of `f` and the gradients of its arguments, compiled as one."""
+
+    @jax.jit
+    def run(cotangent, *args):
+        out, pull = jax.vjp(f, *args)
+        return out, pull(cotangent)
+
+    return run(jnp.asarray(cotangent), *map(jnp.asarray, args))
 
 
 @pytest.mark.parametrize("name", ["layer", "rms", "group", "instance"])
@@ -97,8 +107,7 @@ def test_torch(name):
         expected = theirs(*tensors)
         expected.backward(torch.from_numpy(cotangent))
         with jax.enable_x64(precision is np.float64):
-            out, pull = jax.vjp(ours, *map(jnp.asarray, args))
-            gradients = pull(jnp.asarray(cotangent))
+            out, gradients = vjp(ours, cotangent, *args)
         np.testing.assert_allclose(out, expected.detach().numpy(), atol=tolerance)
         for found, tensor in zip(gradients, tensors, strict=True):
             if tensor.grad is not None:
@@ -133,10 +142,10 @@ def test_a_distant_mean_keeps_its_digits():
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_constant_samples(f, eps, value):
     x = jnp.full((2, 3, 4), value)
-    out, pull = jax.vjp(lambda x: f(x, eps=eps), x)
+    out, (gradient,) = vjp(lambda x: f(x, eps=eps), jnp.ones_like(x), x)
     expected = 1 if f is jw.rms_norm and value else 0
     np.testing.assert_allclose(out, jnp.full((2, 3, 4), expected), atol=1e-6)
-    assert jnp.isfinite(pull(jnp.ones_like(x))[0]).all()
+    assert jnp.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("f", NORMS)
@@ -153,8 +162,8 @@ def test_float16_is_computed_in_float32(f):
 
 @pytest.mark.parametrize("f", NORMS)
 def test_samples_too_large_for_float32_squares_are_zero(f):
-    out, pull = jax.vjp(f, jnp.float32(normal(2, 3, 4)) * 1e30)
-    assert not out.any() and jnp.isfinite(pull(jnp.ones_like(out))[0]).all()
+    out, (gradient,) = vjp(f, np.ones((2, 3, 4), np.float32), np.float32(normal(2, 3, 4) * 1e30))
+    assert not out.any() and jnp.isfinite(gradient).all()
 
 
 def test_nan_stays_in_its_sample():

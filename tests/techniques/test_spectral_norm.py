@@ -51,7 +51,7 @@ def test_formula(shape, axes, read, dtype):
     np.testing.assert_allclose(jw.spectral_normalize(w, found, axes=axes), normalized)
 
 
-@readings
+@pytest.mark.parametrize(("shape", "axes", "read"), [READINGS[i] for i in (0, 1, 2, 6, 8, 10)])
 def test_transform_converges_to_the_formula(shape, axes, read):
     w, t = jnp.float32(normal(*shape)), jw.SpectralNorm(n_steps=200, axes=axes)
     state = jax.jit(lambda w: t.update(w, t.init(w, jax.random.key(0))))(w)

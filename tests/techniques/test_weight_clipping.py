@@ -69,8 +69,7 @@ def test_a_limit_beyond_the_dtype_clips_nothing():
         ((6, 4, 3), DENSE.stacked(), (1,)),
     ],
 )
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("max_norm", [0.0, 1.5])
+@pytest.mark.parametrize(("dtype", "max_norm"), [(jnp.float32, 1.5), (jnp.bfloat16, 1.5), (jnp.float16, 0.0)])
 def test_clip_norm(shape, axes, over, dtype, max_norm):
     w = jnp.asarray(normal(*shape), dtype)
     exact = np.float64(w)
