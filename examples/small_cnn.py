@@ -45,10 +45,6 @@ class LinenCNN(nn.Module):
                 return jw.linen.LayerNorm(name=f"norm{i}")
         return lambda x: x
 
-    def export(self):
-        """All variables as this module computes with them: inside a `Transformed`, with transformed weights."""
-        return self.variables
-
 
 class NNXCNN(nnx.Module):
     def __init__(self, image_shape, norms: tuple[str, str, str], kernel_init: Callable, *, rngs: nnx.Rngs):
@@ -77,11 +73,6 @@ class NNXCNN(nnx.Module):
                 return jw.nnx.LayerNorm(features)
         return lambda x: x
 
-    def export(self):
-        """All variables as this module computes with them, laid out as Linen does."""
-        params, stats = nnx.state(self, nnx.Param), nnx.state(self, nnx.BatchStat)
-        return {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(stats)}
-
 
 class Model(NamedTuple):
     """What training needs to know of a model, whatever it is written in."""
@@ -107,7 +98,8 @@ def linen_model(image_shape, norms, kernel_init, transform=None, *, seed: int = 
         return model.apply({"params": params, **rest}, images, train, mutable=list(rest) if train else [])
 
     def export(params, rest):
-        return _plain(model.apply({"params": params, **rest}, method="export"))
+        variables = {"params": params, **rest}
+        return jw.linen.fold(model, variables) if transform else variables
 
     return Model(params, rest, forward, export)
 
@@ -133,13 +125,8 @@ def nnx_model(image_shape, norms, kernel_init, transform=None, *, seed: int = 0)
 
     def export(params, rest):
         model = nnx.merge(graph, params, rest)
-        model.eval()
-        return _plain(model.export())
+        plain = jw.nnx.fold(model) if transform else model
+        collections = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+        return {name: nnx.to_pure_dict(nnx.state(plain, kind)) for name, kind in collections.items()}
 
     return Model(params, rest, forward, export)
-
-
-def _plain(variables) -> dict:
-    """`variables` without the state of a transform."""
-    params = {name: layer for name, layer in variables["params"].items() if name != STATE}
-    return {"params": params, "batch_stats": variables.get("batch_stats", {})}

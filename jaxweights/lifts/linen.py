@@ -17,7 +17,7 @@ from jaxweights.techniques.batch_norm import batch_norm, batch_stats, check_feat
 from jaxweights.techniques.layer_norm import check_axis, layer_norm
 from jaxweights.transform import Transform
 
-__all__ = ["BatchNorm", "LayerNorm", "Transformed"]
+__all__ = ["BatchNorm", "LayerNorm", "Transformed", "fold"]
 
 
 class Transformed(nn.Module):
@@ -84,8 +84,8 @@ class Transformed(nn.Module):
         call = lambda module: getattr(module, method)(*args, **kwargs)
         if self.is_initializing():
             call(self.module)  # makes the parameters
-        params = {n: p for n, p in self.variables.get("params", {}).items() if n != STATE}
-        state = self._make(lifted, params) if self.is_initializing() else self._read(lifted, params)
+        params = _plain(self.variables)
+        state = self._make(lifted, params) if self.is_initializing() else _stored(lifted, self.variables)
         if state.fixed and self.is_mutable_collection(STATE) and not self.is_initializing():
             state = lifted.update(params, state)
             for path, entry in state.fixed.items():
@@ -111,7 +111,7 @@ class Transformed(nn.Module):
     def _make(self, lifted: TreeTransform, params: Any) -> TreeState:
         """The state at initialization, from the key of the parameters."""
         if self.has_variable("params", STATE) or self.variables.get(STATE):
-            return self._read(lifted, params)
+            return _stored(lifted, self.variables)
         state = lifted.init(params, self.make_rng("params"))
         if state.learned:
             self.param(STATE, lambda _: state.learned)
@@ -119,11 +119,47 @@ class Transformed(nn.Module):
             self.variable(STATE, path, lambda entry=entry: entry)
         return state
 
-    def _read(self, lifted: TreeTransform, params: Any) -> TreeState:
-        """The stored state of this wrapper, apart from that of wrappers further in."""
-        selected = lifted.selected(params)
-        own = lambda entries: {path: dict(entry) for path, entry in entries.items() if path in selected}
-        return TreeState(own(self.variables.get("params", {}).get(STATE, {})), own(self.variables.get(STATE, {})))
+
+def fold(model: Transformed, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the plain module that computes what the transformed one does, for export and evaluation.
+
+    `model.module.apply(fold(model, variables), ...)` equals `model.apply(variables, ...)`.
+
+    Args:
+      model: a `Transformed` module.
+      variables: all its collections. For one inside a larger model, its part of them.
+
+    Returns:
+      The collections without the state of the transform, the selected parameters transformed.
+
+    Raises:
+      TypeError: `model` is not a `Transformed`.
+      ValueError: the state is missing.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> model = jw.linen.Transformed(nn.Dense(2), jw.ClipWeights(0.0))
+    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> print(fold(model, variables)["params"]["kernel"].sum())
+    0.0
+    """
+    if not isinstance(model, Transformed):
+        raise TypeError(f"model must be a linen.Transformed, got {type(model).__name__}: there is nothing to fold")
+    lifted = on_tree(model.transform, model.where)
+    params = lifted.apply(_plain(variables), _stored(lifted, variables))
+    return {name: value for name, value in variables.items() if name != STATE} | {"params": params}
+
+
+def _plain(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the module itself."""
+    return {name: value for name, value in variables.get("params", {}).items() if name != STATE}
+
+
+def _stored(lifted: TreeTransform, variables: Mapping[str, Any]) -> TreeState:
+    """The stored state of a wrapper, apart from that of wrappers further in."""
+    selected = lifted.selected(_plain(variables))
+    own = lambda entries: {path: dict(entry) for path, entry in entries.items() if path in selected}
+    return TreeState(own(variables.get("params", {}).get(STATE, {})), own(variables.get(STATE, {})))
 
 
 class BatchNorm(nn.Module):

@@ -19,7 +19,7 @@ from jaxweights.techniques.batch_norm import batch_norm, batch_stats, running_st
 from jaxweights.techniques.layer_norm import layer_norm
 from jaxweights.transform import Transform
 
-__all__ = ["BatchNorm", "LayerNorm", "TransformVariable", "transformed"]
+__all__ = ["BatchNorm", "LayerNorm", "TransformVariable", "fold", "transformed"]
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -85,6 +85,32 @@ def transformed(
     return new
 
 
+def fold(module: M) -> M:
+    """The plain module that computes what the transformed one does, for export and evaluation.
+
+    Args:
+      module: what `transformed` returned.
+
+    Returns:
+      A copy of the module, of its original class, whose selected parameters are the transformed ones. Nothing is
+      shared with the transformed module, whose state stays as it is.
+
+    Raises:
+      ValueError: `module` is not transformed.
+
+    >>> from flax import nnx
+    >>> import jaxweights as jw
+    >>> model = transformed(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jw.ClipWeights(0.0))
+    >>> print(type(fold(model)).__name__, fold(model).kernel[...].sum())
+    Linear 0.0
+    """
+    if not hasattr(module, STATE):
+        raise ValueError(f"module is a {type(module).__name__} that is not transformed: there is nothing to fold")
+    plain = _shadow(module, type(module).__mro__[1])
+    delattr(plain, STATE)
+    return nnx.clone(plain)
+
+
 class _Control(nnx.Module):
     """The state of the transform and whether calls move it."""
 
@@ -132,20 +158,26 @@ def _params(module: nnx.Module) -> dict[str, jax.Array]:
     return {"/".join(map(str, path)): v[...] for path, v in flat if STATE not in path}
 
 
-def _call(self: Any, base: type[nnx.Module], method: str, args: tuple, kwargs: dict) -> Any:
-    """Runs a method of the original class on a shadow with transformed weights."""
-    control = getattr(self, STATE)
-    params, state = _params(self), control.read()
-    if state.fixed and not control.deterministic:
-        state = control.lifted.update(params, state)
-        control.write(state)
-    new = control.lifted.apply(params, state)
+def _shadow(module: Any, base: type[nnx.Module]) -> Any:
+    """The module as its original class, with transformed weights; all other variables are the module's own."""
+    control = getattr(module, STATE)
+    params = _params(module)
+    new = control.lifted.apply(params, control.read())
 
     def swap(path, variable):
         name = "/".join(map(str, path))
         return variable if new.get(name) is params.get(name) else variable.replace(new[name])
 
-    shadow = _copy(self, swap, base)
+    return _copy(module, swap, base)
+
+
+def _call(self: Any, base: type[nnx.Module], method: str, args: tuple, kwargs: dict) -> Any:
+    """Runs a method of the original class on a shadow with transformed weights."""
+    control = getattr(self, STATE)
+    state = control.read()
+    if state.fixed and not control.deterministic:
+        control.write(control.lifted.update(_params(self), state))
+    shadow = _shadow(self, base)
     pairs = [(mine, its, dict(vars(its))) for mine, its in zip(_nodes(self), _nodes(shadow), strict=True)]
     y = getattr(base, method)(shadow, *args, **kwargs)
     # What the method stored in attributes (sow, caches, counters) belongs to the module.

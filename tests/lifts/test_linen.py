@@ -116,6 +116,14 @@ def test_dropout_batch_norm_and_sow_work_inside():
     jax.tree.map(np.testing.assert_allclose, moved["batch_stats"], stats_by_hand["batch_stats"])
 
 
+def test_fold_gives_the_variables_of_the_plain_module():
+    model = jw.linen.Transformed(Mlp(), jw.Chain(jw.SpectralNorm(), jw.WeightNorm()))
+    variables = model.init(jax.random.key(0), X)
+    plain = jw.linen.fold(model, variables)
+    assert jax.tree.structure(plain) == jax.tree.structure(Mlp().init(jax.random.key(0), X))
+    np.testing.assert_allclose(Mlp().apply(plain, X), model.apply(variables, X), rtol=1e-6)
+
+
 def test_other_methods_see_transformed_weights():
     model = jw.linen.Transformed(Mlp(), jw.ClipWeights(0.0))
     variables = model.init(jax.random.key(0), X)

@@ -230,6 +230,16 @@ def test_a_view_sets_the_mode(larger):
     assert not larger.spectral.weight_transform.deterministic
 
 
+def test_fold_gives_the_plain_module():
+    model = make(jw.Chain(jw.SpectralNorm(), jw.WeightNorm()))
+    model.eval()
+    plain = jw.nnx.fold(model)
+    assert type(plain) is Mlp and names(plain, nnx.Param) == names(Mlp(nnx.Rngs(0)), nnx.Param)
+    np.testing.assert_allclose(plain(X), model(X), rtol=1e-6)
+    plain.first.bias[...] += 1.0
+    assert not np.array_equal(plain.first.bias[...], model.first.bias[...])
+
+
 def test_split_merge_and_clone_keep_the_transform():
     model = make(jw.ClipWeights(0.1))
     model.eval()

@@ -1,0 +1,129 @@
+"""What the README says of Flax, optax and torch is so, and ours does better: each claim of the comparison, run."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxweights as jw
+
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (8, 64))
+
+
+def sigma(w):
+    return np.linalg.norm(np.asarray(w, np.float64), 2)
+
+
+def test_evaluation_overwrites_the_kernel_in_flax_and_not_here():
+    flax = nnx.SpectralNorm(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    ours = jw.nnx.transformed(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), jw.SpectralNorm())
+    before = np.asarray(ours.kernel[...])
+    flax(X, update_stats=False)
+    ours.eval()
+    ours(X)
+    assert not np.array_equal(flax.layer_instance.kernel[...], before)
+    np.testing.assert_array_equal(ours.kernel[...], before)
+
+
+def test_wrapping_in_weight_norm_changes_the_function_in_flax_and_not_here():
+    dense = nn.Dense(32)
+    params = dense.init(KEY, X)["params"]
+    y = dense.apply({"params": params}, X)
+    flax = nn.WeightNorm(nn.Dense(32))
+    variables = flax.init(KEY, X)
+    variables["params"]["layer_instance"] = params
+    assert not np.allclose(flax.apply(variables, X), y, rtol=0.1)
+    ours = jw.linen.Transformed(nn.Dense(32), jw.WeightNorm())
+    variables = ours.init(KEY, X)
+    plain = {n: v for n, v in variables["params"].items() if n != "weight_transform"}
+    np.testing.assert_allclose(ours.apply(variables, X), dense.apply({"params": plain}, X), rtol=1e-6, atol=1e-6)
+
+
+def test_the_scale_of_weight_norm_is_a_parameter_here():
+    flax = nnx.WeightNorm(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    ours = jw.nnx.transformed(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), jw.WeightNorm())
+    count = lambda m: len(jax.tree.leaves(nnx.state(m, nnx.Param)))
+    assert count(flax) == 2  # kernel and bias: the scales never train
+    assert count(ours) == 3
+
+
+def test_attention_is_normalised_by_its_operator_here():
+    x = jnp.ones((1, 5, 64))
+    module = nn.MultiHeadDotProductAttention(num_heads=4)
+    flax = nn.SpectralNorm(module, n_steps=50)
+    variables = flax.init(KEY, x, update_stats=False)
+    _, moved = flax.apply(variables, x, update_stats=True, mutable=["batch_stats"])
+    kernel = variables["params"]["layer_instance"]["query"]["kernel"]
+    true = sigma(kernel.reshape(64, 64))
+    (theirs,) = (v for k, v in moved["batch_stats"].items() if "query/kernel/sigma" in k) or (None,)
+    assert abs(float(theirs) / true - 1) > 0.03
+    assert float(jw.spectral_norm(kernel, axes=jw.axes.ATTENTION_IN)) == pytest.approx(true, rel=1e-5)
+    lifted = jw.on_tree(jw.SpectralNorm(n_steps=200), where="**/kernel")
+    params = {"attention": variables["params"]["layer_instance"]}
+    new = lifted.apply(params, lifted.update(params, lifted.init(params, KEY)))
+    assert sigma(new["attention"]["query"]["kernel"].reshape(64, 64)) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_zero_kernel_comes_back_to_life_here():
+    for layer, step in (
+        (nn.SpectralNorm(nn.Dense(32)), lambda m, v: m.apply(v, X, update_stats=True, mutable=["batch_stats"])[1]),
+        (
+            jw.linen.Transformed(nn.Dense(32), jw.SpectralNorm()),
+            lambda m, v: m.apply(v, X, mutable=["weight_transform"])[1],
+        ),
+    ):
+        ours = isinstance(layer, jw.linen.Transformed)
+        variables = layer.init(KEY, X) if ours else layer.init(KEY, X, update_stats=False)
+        kernel = jax.random.normal(KEY, (64, 32))
+
+        def put(value, variables=variables, ours=ours):
+            scope = variables["params"] if ours else variables["params"]["layer_instance"]
+            scope["kernel"] = value
+
+        put(jnp.zeros((64, 32)))
+        variables.update(step(layer, variables))
+        put(kernel)
+        for _ in range(100):
+            variables.update(step(layer, variables))
+        if ours:
+            estimate = sigma(kernel) / sigma(jw.linen.fold(layer, variables)["params"]["kernel"])
+            assert estimate == pytest.approx(sigma(kernel), rel=1e-3)
+        else:
+            (u,) = (v for k, v in variables["batch_stats"].items() if k.endswith("kernel/u"))
+            assert not np.any(u)
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e4])
+def test_layer_norm_keeps_its_digits_at_a_large_mean_here(mean):
+    x = (np.random.default_rng(0).normal(size=(256, 512)) + mean).astype(np.float32)
+    exact = x.astype(np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
+    ours = np.abs(np.asarray(jw.layer_norm(x)) - exact).max()
+    module = nn.LayerNorm()
+    flax = np.abs(np.asarray(module.apply(module.init(KEY, x), x)) - exact).max()
+    assert ours < 2e-3 < 0.1 < flax
+
+
+def test_a_constraint_in_a_chain_holds_wherever_it_can_here():
+    params = {"w": jnp.full((4, 4), 0.01)}
+    grads = {"w": jnp.ones((4, 4))}
+    first = optax.chain(optax.keep_params_nonnegative(), optax.sgd(1.0))
+    updates, _ = first.update(grads, first.init(params), params)
+    assert (optax.apply_updates(params, updates)["w"] < 0).any()  # silently, since it has to be last
+    last = optax.chain(optax.sgd(1.0), jw.project(jw.ClipWeights(0.1)))
+    updates, _ = last.update(grads, last.init(params), params)
+    assert (jnp.abs(optax.apply_updates(params, updates)["w"]) <= 0.1).all()
+
+
+def test_torch_gives_nan_for_a_zero_kernel_and_we_do_not():
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jaxweights[peers]'")
+    layer = torch.nn.Linear(8, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.zero_()
+    wrapped = torch.nn.utils.parametrizations.spectral_norm(layer)
+    assert torch.isnan(wrapped(torch.ones(1, 8))).any()
+    assert np.isfinite(jw.spectral_normalize(jnp.zeros((8, 4)))).all()
