@@ -42,6 +42,10 @@ def project(
     A transform with state keeps it in the optimizer's: each step is its `update`, then its `apply`. A learned
     scale (`WeightNorm`) stays what it is at the start, so that the norms do.
 
+    In 16 bits the updates are wider than the parameters: a wrapper that wants them alike, such as
+    `optax.apply_if_finite`, goes around the optimizer before, not around the whole chain. Where speed matters more
+    than one line in a chain, `on_tree(transform).apply` on the parameters after `apply_updates` is exact and cheaper.
+
     Args:
       transform: a transform, or rules {glob: transform} of which the first that matches a path is taken.
       where: the weights to project, as for `on_tree`.
