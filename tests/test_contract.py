@@ -303,7 +303,7 @@ def test_weights_that_are_sharded_differently_are_not_gathered_either(kind):
 
 @pytest.fixture(scope="module")
 def tpu():
-    """Devices of a v5e slice to compile for; none need be there."""
+    """Devices of a v5e slice to compile for; none need be there. libtpu locks itself: for this file alone."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install 'jaxweights[tpu-compile]' compiles for a TPU without one")
     from jax.experimental import topologies
@@ -311,7 +311,6 @@ def tpu():
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
 
-@pytest.mark.xdist_group("tpu")  # libtpu locks itself against a second process
 @every_case
 def test_it_compiles_for_a_tpu(case, tpu):
     mesh = jax.sharding.Mesh(np.array(tpu).reshape(2, 2), ("x", "y"))
