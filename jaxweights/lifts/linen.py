@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.checks import check_weight
-from jaxweights.lifts.paths import STATE, Where
+from jaxweights.lifts.paths import STATE, Where, flatten
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
 from jaxweights.techniques.batch_norm import batch_norm, batch_stats, check_features, running_stats
 from jaxweights.techniques.layer_norm import check_axis, layer_norm
@@ -104,7 +104,7 @@ class Transformed(nn.Module):
         run = nn.map_variables(call, "params", trans_in_fn=lambda scope: jax.tree.map(swap, scope))
         y = run(self.module)
         if missed := set(new) - swapped:
-            paths = [p for p, old in zip(lifted.selected(params), before, strict=False) if id(old) in missed]
+            paths = [p for p, old in zip(flatten(params)[0], before, strict=True) if id(old) in missed]
             raise ValueError(f"Transformed did not reach the weights {paths}: wrap the module that owns them")
         return y
 

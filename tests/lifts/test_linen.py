@@ -208,6 +208,18 @@ def test_a_wrapped_layer_inside_a_larger_model():
     assert y.shape == (4, 2) and jax.tree.leaves(moved)
 
 
+def test_a_weight_that_is_not_reached_is_an_error(monkeypatch):
+    """Weights are swapped by identity: if Flax copied them on the way, nothing would be transformed."""
+    original = nn.map_variables
+
+    def copying(fn, collections, trans_in_fn):
+        return original(fn, collections, trans_in_fn=lambda scope: trans_in_fn(jax.tree.map(jnp.copy, scope)))
+
+    monkeypatch.setattr(nn, "map_variables", copying)
+    with pytest.raises(ValueError, match=r"did not reach the weights \['kernel'\]"):
+        jw.linen.Transformed(nn.Dense(3), jw.ClipWeights(0.1)).init(jax.random.key(0), X)
+
+
 def test_rules_choose_by_path():
     model = jw.linen.Transformed(Mlp(), {"first/kernel": jw.ClipWeights(0.0), "last/kernel": jw.ClipWeights(0.1)})
     variables = model.init(jax.random.key(0), X)
