@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
+from x64 import enable_x64
 
 from jaxweights.numerics import (
     exact_delta,
@@ -71,7 +72,7 @@ def test_safe_norm_of_nan_and_infinity():
 
 
 def test_safe_norm_gradient():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         check_grads(jax.jit(lambda x: safe_norm(x, (0, 2))), (jnp.asarray(normal(2, 3, 2)),), order=2, rtol=1e-6)
 
 
@@ -85,7 +86,7 @@ def test_safe_divide():
 
 
 def test_safe_divide_gradient():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         check_grads(
             jax.jit(safe_divide), (jnp.asarray(normal(3, 4)), jnp.asarray(normal(1, 4, seed=1))), order=2, rtol=1e-5
         )
@@ -172,7 +173,7 @@ def test_moments_merge_to_one_big_batch(n_devices):
 
 
 def test_moments_merge_gradient():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         x = jnp.asarray(normal(4, 3, 2))
         merged = jax.vmap(lambda x: moments(x, (0,), axis_name="d")[:2], axis_name="d")
         check_grads(jax.jit(merged), (x,), order=1, rtol=1e-6)
@@ -248,7 +249,7 @@ def test_smallest_mask(dtype, shape):
 
 
 def test_smallest_mask_float64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         x = np.concatenate([1 + normal(50) * 1e-12, [0, 0, np.nan, np.inf]])
         for k in (0, 1, 3, 25, 53, 54):
             np.testing.assert_array_equal(smallest_mask(jnp.asarray(x), k), argsort_rule(x, k))

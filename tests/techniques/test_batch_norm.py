@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from x64 import enable_x64
 
 import jaxweights as jw
 from jaxweights.axes import CONV_TRANSPOSE_KERNEL
@@ -53,7 +54,7 @@ def test_torch():
         theirs = torch.nn.functional.batch_norm(channels_first, None, None, *weights, training=True)
         cotangent = normal(6, 4, 5, 3, seed=5).astype(precision)
         theirs.backward(torch.from_numpy(np.moveaxis(cotangent, -1, 1).copy()))
-        with jax.enable_x64(precision is np.float64):
+        with enable_x64(precision is np.float64):
             ours, pull = jax.vjp(
                 jax.jit(jw.batch_norm), *map(jnp.asarray, (x, *(a.astype(precision) for a in (scale, bias))))
             )
@@ -65,7 +66,7 @@ def test_torch():
 
 
 def test_gradient():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         args = tuple(map(jnp.asarray, (normal(4, 3, 2), *affine(2))))
         where = jnp.asarray(normal(4, 3, 1, seed=6) > -0.5)
         check_grads(jax.jit(jw.batch_norm), args, order=1, rtol=1e-6)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from x64 import enable_x64
 
 import jaxweights as jw
 from jaxweights.axes import ATTENTION_IN, Axes, depthwise
@@ -98,7 +99,7 @@ def test_half_precision_rounds_the_float32_draw(name, dtype):
 
 
 def test_float64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         w = jw.he_normal(jax.random.key(0), (20, 30), jnp.float64)
         assert w.dtype == jnp.float64 and (w != w.astype(jnp.float32)).any()
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from x64 import enable_x64
 
 import jaxweights as jw
 
@@ -106,7 +107,7 @@ def test_torch(name):
         tensors = [torch.from_numpy(a).requires_grad_() for a in args]
         expected = theirs(*tensors)
         expected.backward(torch.from_numpy(cotangent))
-        with jax.enable_x64(precision is np.float64):
+        with enable_x64(precision is np.float64):
             out, gradients = vjp(ours, cotangent, *args)
         np.testing.assert_allclose(out, expected.detach().numpy(), atol=tolerance)
         for found, tensor in zip(gradients, tensors, strict=True):
@@ -125,7 +126,7 @@ def test_torch(name):
     ],
 )
 def test_gradient(f):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         check_grads(jax.jit(f), (jnp.asarray(normal(3, 2, 4)),), order=1, rtol=1e-6)
 
 

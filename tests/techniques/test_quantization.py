@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from x64 import enable_x64
 
 import jaxweights as jw
 from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE
@@ -39,7 +40,7 @@ def min_max(w, bits, over=None):
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_fake_quantize_float64(bits):
     w = normal(30, 40)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         np.testing.assert_allclose(jw.fake_quantize(jnp.asarray(w), bits), min_max(w, bits)[0], rtol=1e-12, atol=1e-15)
 
 
@@ -147,7 +148,7 @@ def test_quantize(shape, axes, over, bits, dtype):
 
 
 def test_quantize_float64_keeps_its_bound_with_a_float32_scale():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         w = normal(500, 4)
         q = jw.quantize(jnp.asarray(w), 8)
         scale = np.float64(q.scale)

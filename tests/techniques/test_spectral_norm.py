@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from x64 import enable_x64
 
 import jaxweights as jw
 from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, CONV_TRANSPOSE_KERNEL, DENSE, Axes, depthwise
@@ -61,7 +62,7 @@ def test_transform_converges_to_the_formula(shape, axes, read):
 
 @pytest.mark.parametrize(("shape", "axes", "read"), [READINGS[2], READINGS[7], READINGS[9]])
 def test_gradient(shape, axes, read):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         w = jnp.asarray(normal(*shape))
         check_grads(jax.jit(lambda w: jw.spectral_norm(w, axes=axes)), (w,), order=1, rtol=1e-6)
         check_grads(jax.jit(lambda w: jw.spectral_normalize(w, axes=axes)), (w,), order=1, rtol=1e-6)

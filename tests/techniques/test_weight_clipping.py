@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
+from x64 import enable_x64
 
 import jaxweights as jw
 from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE
@@ -45,7 +46,7 @@ def test_clip_weights_of_any_value(values, limit):
 def test_clip_weights_gradient():
     w = jnp.array([-2.0, -0.5, 0.5, 2.0, jnp.inf, jnp.nan])
     np.testing.assert_array_equal(jax.grad(lambda w: jw.clip_weights(w, 1.0).sum())(w), [0, 1, 1, 0, 0, 1])
-    with jax.enable_x64(True):
+    with enable_x64(True):
         check_grads(jw.clip_weights, (jnp.asarray(normal(20)), jnp.asarray(0.7)), order=1, rtol=1e-6)
 
 
@@ -83,7 +84,7 @@ def test_clip_norm(shape, axes, over, dtype, max_norm):
 
 
 def test_clip_norm_gradient():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         w = jnp.asarray(normal(4, 6))
         assert 0 < np.sum(np.linalg.norm(w, axis=0) > 2) < 6
         check_grads(jax.jit(jw.clip_norm), (w, jnp.asarray(2.0)), order=1, rtol=1e-6)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from x64 import enable_x64
 
 import jaxweights as jw
 
@@ -24,7 +25,7 @@ def test_formula(shape, dtype, rate):
 
 
 def test_is_the_gradient_of_the_penalised_loss():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         w, rate = jnp.asarray(normal(3, 4)), 0.3
         loss = lambda w: jnp.sum(jnp.sin(w))
         penalised = jax.grad(lambda w: loss(w) + rate / 2 * jnp.sum(w**2))(w)
@@ -32,7 +33,7 @@ def test_is_the_gradient_of_the_penalised_loss():
 
 
 def test_gradient():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         g, w, rate = jnp.asarray(normal(3)), jnp.asarray(normal(3, seed=1)), jnp.asarray(0.3)
         check_grads(jw.weight_decay, (g, w, rate), order=2, rtol=1e-6)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from x64 import enable_x64
 
 import jaxweights as jw
 from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE, depthwise
@@ -43,7 +44,7 @@ def test_formula(shape, axes, over, dtype):
 
 @pytest.mark.parametrize(("shape", "axes", "over"), READINGS[3::2])
 def test_gradient(shape, axes, over):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         w = jnp.asarray(normal(*shape))
         scale = jnp.asarray(normal(*(s for a, s in enumerate(shape) if a not in over), seed=1))
         check_grads(jax.jit(lambda w: jw.weight_normalize(w, axes=axes)), (w,), order=1, rtol=1e-6)

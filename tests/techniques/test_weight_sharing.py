@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.test_util import check_grads
+from x64 import enable_x64
 
 import jaxweights as jw
 
@@ -45,7 +46,7 @@ def test_share_gradient_sums_over_positions():
     _, pull = jax.vjp(lambda c: jw.share(c, jnp.asarray(index)), jnp.ones(4))
     expected = [cotangent[index == i].sum() for i in range(4)]
     np.testing.assert_allclose(pull(jnp.float32(cotangent))[0], expected, rtol=1e-6)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         check_grads(lambda c: jw.share(c, jnp.asarray(index)), (jnp.asarray(normal(4)),), order=1)
 
 
