@@ -142,9 +142,9 @@ def conv_index(
         if padding.upper() not in ("SAME", "VALID"):
             raise ValueError(f'padding must be "SAME", "VALID" or (before, after) per axis, got {padding!r}')
         padding = jax.lax.padtype_to_pads(space, window, steps, padding.upper())
-    given = padding if isinstance(padding, Sequence) else ()
-    pads: list[tuple[int, ...]] = [tuple(p) if isinstance(p, tuple | list) else () for p in given]
-    if len(pads) != len(window) or any(len(p) != 2 or not all(isinstance(n, int | np.integer) for n in p) for p in pads):
+    pads = list(padding) if isinstance(padding, Sequence) else []
+    integers = lambda p: isinstance(p, tuple | list) and all(isinstance(n, int | np.integer) for n in p)
+    if len(pads) != len(window) or not all(integers(p) and len(p) == 2 for p in pads):
         raise ValueError(f"padding must be integers (before, after) for each of {len(window)} axes, got {padding!r}")
 
     out_space = [(n + sum(p) - k) // s + 1 for n, k, s, p in zip(space, window, steps, pads, strict=True)]
