@@ -181,11 +181,9 @@ def leaf_compilation(transform: jw.Transform, n: int) -> Program:
     return compilation(both, params, states)
 
 
-def compile_against_loop(transform: jw.Transform, share: float, size: Size) -> Pair:
-    n = round(share * size.many)
-    return tree_compilation(transform, n), leaf_compilation(transform, n)
+def compile_against_loop(transform: jw.Transform, size: Size) -> Pair:
+    return tree_compilation(transform, size.many), leaf_compilation(transform, size.many)
 
 
-def compile_growth(transform: jw.Transform, share: float, size: Size) -> Pair:
-    n = round(share * size.many)
-    return tree_compilation(transform, n), tree_compilation(transform, n // 10)
+def compile_growth(transform: jw.Transform, size: Size) -> Pair:
+    return tree_compilation(transform, size.many), tree_compilation(transform, size.many // 10)

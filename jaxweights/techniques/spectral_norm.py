@@ -147,10 +147,12 @@ class SpectralNorm(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """Products of a weight with row and column vectors, without a reshape: shardings stay as they are."""
+    """Products of a weight with row and column vectors of length 1: no larger than σ, so they overflow only if σ does.
+
+    There is no reshape, so that shardings stay as they are.
+    """
 
     w: jax.Array
-    size: jax.Array
     letters: tuple[str, str, str]  # of w, of a row vector, of a column vector
     row_shape: tuple[int, ...]
     column_shape: tuple[int, ...]
@@ -162,12 +164,8 @@ class _Product:
         names = string.ascii_letters[: view.ndim]
         pick = lambda which: "".join(names[a] for a in which)
         shape = lambda which: tuple(view.shape[a] for a in which)
-        # Scaled to magnitude 1, so that no product overflows; σ is scaled back.
-        rest = r.contracted + r.output
-        size = jnp.max(jnp.abs(view), rest, keepdims=True, initial=0)
         return cls(
-            safe_divide(view, jax.lax.stop_gradient(size)),
-            jnp.transpose(jnp.squeeze(size, rest), sorted(range(len(r.batch)), key=lambda i: r.batch[i])),
+            view,
             (names, pick(r.batch + r.contracted), pick(r.batch + r.output)),
             shape(r.batch + r.contracted),
             shape(r.batch + r.output),
@@ -199,4 +197,4 @@ class _Product:
     def sigma(self, u, v) -> jax.Array:
         full, rows, columns = self.letters
         wv = self.contract((full, self.w), (columns, v), out=rows)
-        return self.contract((rows, wv), (rows, u), out=rows[: self.n_batch]) * jax.lax.stop_gradient(self.size)
+        return self.contract((rows, wv), (rows, u), out=rows[: self.n_batch])
