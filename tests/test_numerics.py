@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from x64 import enable_x64
 
+from jaxweights.moments import moments
 from jaxweights.numerics import (
     exact_delta,
-    moments,
     round_half_up,
     safe_divide,
     safe_norm,

@@ -80,6 +80,12 @@ def naming(name: str, path: str):
         raise type(e)(f"{name} at {path!r}: {e}") from e
 
 
+def check_params(name: str, params: Any) -> None:
+    """Raises if an optax transformation was called without the parameters."""
+    if params is None:
+        raise ValueError(f"{name} needs the parameters: call tx.update(grads, state, params)")
+
+
 def check_structure(name: str, what: str, updates: Any, params: Any) -> None:
     """Every leaf of `updates` must have a parameter of its shape; parameters without one (None, masked) are fine."""
     paths, leaves, _ = flatten(params)

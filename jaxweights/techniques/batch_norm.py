@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading
 from jaxweights.checks import check_scalar, check_weight
-from jaxweights.numerics import moments, wide
+from jaxweights.moments import moments
+from jaxweights.numerics import wide
 
 
 def batch_stats(

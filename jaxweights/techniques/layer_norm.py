@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxweights.axes import axis_tuple
 from jaxweights.checks import check_integer, check_scalar, check_weight
-from jaxweights.numerics import moments, wide
+from jaxweights.moments import moments
+from jaxweights.numerics import wide
 from jaxweights.techniques.batch_norm import standardize
 
 

@@ -1,23 +1,17 @@
-"""The Linen level: any module with its weights transformed, and the two norms as modules."""
+"""Any Linen module with its weights transformed."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from jaxweights.checks import check_weight
 from jaxweights.lifts.paths import STATE, Where, flatten
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
-from jaxweights.techniques.batch_norm import batch_norm, batch_stats, check_features, running_stats
-from jaxweights.techniques.layer_norm import check_axis, layer_norm
 from jaxweights.transform import Transform
-
-__all__ = ["BatchNorm", "LayerNorm", "Transformed", "fold"]
 
 
 class Transformed(nn.Module):
@@ -160,70 +154,3 @@ def _stored(lifted: TreeTransform, variables: Mapping[str, Any]) -> TreeState:
     selected = lifted.selected(_plain(variables))
     own = lambda entries: {path: dict(entry) for path, entry in entries.items() if path in selected}
     return TreeState(own(variables.get("params", {}).get(STATE, {})), own(variables.get(STATE, {})))
-
-
-class BatchNorm(nn.Module):
-    """Batch normalization with running statistics. Parameters and statistics are named as Flax's.
-
-    running ← momentum·running + (1 − momentum)·batch, variance biased. A batch in which nothing counts leaves
-    the running statistics as they are.
-
-    Attributes:
-      use_running_average: evaluate with the running statistics; here or in the call.
-      momentum: what is kept of the running statistics per step.
-      epsilon: ε under the root.
-      use_bias: whether to add a learned bias.
-      use_scale: whether to multiply by a learned scale.
-      axis_name: name(s) of mapped axes to take the statistics over, by count.
-    """
-
-    use_running_average: bool | None = None
-    momentum: float = 0.99
-    epsilon: float = 1e-5
-    use_bias: bool = True
-    use_scale: bool = True
-    axis_name: Any = None
-
-    @nn.compact
-    def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
-        """Normalises `x`, shape (..., features); only entries where `mask` is true count."""
-        x = check_features(x)
-        evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        shape = (x.shape[-1],)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        var = self.variable("batch_stats", "var", jnp.ones, shape)
-        scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else None
-        bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
-        if evaluate:
-            return batch_norm(x, scale, bias, mean=mean.value, var=var.value, eps=self.epsilon)
-        axis_name = None if self.is_initializing() else self.axis_name
-        now = batch_stats(x, where=mask, axis_name=axis_name)
-        if not self.is_initializing():
-            mean.value, var.value = running_stats((mean.value, var.value), now, self.momentum)
-        return batch_norm(x, scale, bias, mean=now[0], var=now[1], eps=self.epsilon)
-
-
-class LayerNorm(nn.Module):
-    """Layer normalization. Parameters are named as Flax's.
-
-    Attributes:
-      epsilon: ε under the root.
-      use_bias: whether to add a learned bias.
-      use_scale: whether to multiply by a learned scale.
-      reduction_axes: axis or axes to normalise over.
-    """
-
-    epsilon: float = 1e-6
-    use_bias: bool = True
-    use_scale: bool = True
-    reduction_axes: int | Sequence[int] = -1
-
-    @nn.compact
-    def __call__(self, x):
-        """Normalises `x` within each sample."""
-        x = check_weight(x, "x")
-        axes = check_axis(self.reduction_axes, x.shape)
-        shape = tuple(x.shape[a] for a in axes)
-        scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else None
-        bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
-        return layer_norm(x, scale, bias, axis=axes, eps=self.epsilon)

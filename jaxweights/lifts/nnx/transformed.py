@@ -1,25 +1,19 @@
-"""The NNX level: any module with its weights transformed, and the two norms as modules."""
+"""Any NNX module with its weights transformed."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from jaxweights.checks import check_shape
 from jaxweights.lifts.paths import STATE, Where
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
-from jaxweights.techniques.batch_norm import batch_norm, batch_stats, running_stats
-from jaxweights.techniques.layer_norm import layer_norm
 from jaxweights.transform import Transform
-
-__all__ = ["BatchNorm", "LayerNorm", "TransformVariable", "fold", "transformed"]
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -213,112 +207,3 @@ def _transformed_class(base: type[nnx.Module]) -> type[nnx.Module]:
     options = {"pytree": getattr(base, "_pytree__is_pytree", True)}
     body = {**methods, "__module__": base.__module__}
     return types.new_class(f"Transformed{base.__name__}", (base,), options, lambda namespace: namespace.update(body))
-
-
-class BatchNorm(nnx.Module):
-    """Batch normalization with running statistics. Parameters and statistics are named as Flax's.
-
-    running ← momentum·running + (1 − momentum)·batch, variance biased. A batch in which nothing counts leaves
-    the running statistics as they are. `train()` and `eval()` switch between batch and running statistics.
-
-    Args:
-      num_features: size of the last axis.
-      use_running_average: evaluate with the running statistics; here, by `train`/`eval`, or in the call.
-      momentum: what is kept of the running statistics per step.
-      epsilon: ε under the root.
-      use_bias: whether to add a learned bias.
-      use_scale: whether to multiply by a learned scale.
-      axis_name: name(s) of mapped axes to take the statistics over, by count.
-      rngs: taken for the likeness to Flax's modules; nothing is drawn.
-
-    >>> from flax import nnx
-    >>> import jax.numpy as jnp
-    >>> print(BatchNorm(1, epsilon=0.0)(jnp.array([[1.0], [3.0]])))
-    [[-1.]
-     [ 1.]]
-    """
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        use_running_average: bool = False,
-        momentum: float = 0.99,
-        epsilon: float = 1e-5,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        axis_name: Any = None,
-        rngs: nnx.Rngs | None = None,
-    ):
-        del rngs
-        shape = check_shape("num_features", (num_features,))
-        self.mean = nnx.BatchStat(jnp.zeros(shape))
-        self.var = nnx.BatchStat(jnp.ones(shape))
-        self.scale = nnx.Param(jnp.ones(shape)) if use_scale else nnx.data(None)
-        self.bias = nnx.Param(jnp.zeros(shape)) if use_bias else nnx.data(None)
-        self.use_running_average = use_running_average
-        self.momentum, self.epsilon, self.axis_name = momentum, epsilon, axis_name
-
-    def __call__(self, x: jax.Array, use_running_average: bool | None = None, *, mask=None) -> jax.Array:
-        """Normalises `x`, shape (..., features); only entries where `mask` is true count."""
-        evaluate = self.use_running_average if use_running_average is None else use_running_average
-        mean, var = self.mean[...], self.var[...]
-        if not evaluate:
-            mean, var, count = batch_stats(x, where=mask, axis_name=self.axis_name)
-            new = running_stats((self.mean[...], self.var[...]), (mean, var, count), self.momentum)
-            self.mean[...], self.var[...] = new
-        return batch_norm(x, _value(self.scale), _value(self.bias), mean=mean, var=var, eps=self.epsilon)
-
-    def set_view(self, use_running_average: bool | None = None, **kwargs) -> dict:
-        """Class method used by `nnx.view`.
-
-        Args:
-          use_running_average: if True, the stored statistics are used.
-          **kwargs: returned for others.
-        """
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
-        return kwargs
-
-
-class LayerNorm(nnx.Module):
-    """Layer normalization. Parameters are named as Flax's.
-
-    Args:
-      num_features: size of the normalised axis, or sizes of the axes.
-      epsilon: ε under the root.
-      use_bias: whether to add a learned bias.
-      use_scale: whether to multiply by a learned scale.
-      reduction_axes: axis or axes to normalise over.
-      rngs: taken for the likeness to Flax's modules; nothing is drawn.
-
-    >>> from flax import nnx
-    >>> import jax.numpy as jnp
-    >>> print(LayerNorm(2, epsilon=0.0)(jnp.array([1.0, 3.0])))
-    [-1.  1.]
-    """
-
-    def __init__(
-        self,
-        num_features: int | Sequence[int],
-        *,
-        epsilon: float = 1e-6,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        reduction_axes: int | Sequence[int] = -1,
-        rngs: nnx.Rngs | None = None,
-    ):
-        del rngs
-        shape = check_shape("num_features", num_features if isinstance(num_features, Sequence) else (num_features,))
-        self.scale = nnx.Param(jnp.ones(shape)) if use_scale else nnx.data(None)
-        self.bias = nnx.Param(jnp.zeros(shape)) if use_bias else nnx.data(None)
-        self.epsilon = epsilon
-        self.reduction_axes = reduction_axes if isinstance(reduction_axes, int) else tuple(reduction_axes)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises `x` within each sample."""
-        return layer_norm(x, _value(self.scale), _value(self.bias), axis=self.reduction_axes, eps=self.epsilon)
-
-
-def _value(variable: nnx.Variable | None) -> jax.Array | None:
-    return None if variable is None else variable[...]

@@ -1,0 +1,7 @@
+"""The Linen level: any module with its weights transformed, and the norms as modules."""
+
+from jaxweights.lifts.linen.batch_norm import BatchNorm
+from jaxweights.lifts.linen.layer_norm import LayerNorm
+from jaxweights.lifts.linen.transformed import Transformed, fold
+
+__all__ = ["BatchNorm", "LayerNorm", "Transformed", "fold"]

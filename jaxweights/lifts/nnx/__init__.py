@@ -1,0 +1,7 @@
+"""The NNX level: any module with its weights transformed, and the norms as modules."""
+
+from jaxweights.lifts.nnx.batch_norm import BatchNorm
+from jaxweights.lifts.nnx.layer_norm import LayerNorm
+from jaxweights.lifts.nnx.transformed import TransformVariable, fold, transformed
+
+__all__ = ["BatchNorm", "LayerNorm", "TransformVariable", "fold", "transformed"]
