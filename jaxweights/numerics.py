@@ -102,35 +102,53 @@ def smallest_mask(x: jax.Array, k: int | jax.Array) -> jax.Array:
     """True at the `k` entries of smallest magnitude; equal magnitudes are taken in order of the flat index.
 
     The same set as `jnp.argsort(jnp.abs(x).ravel(), stable=True)[:k]`, found without a sort: |x| read as an
-    integer is monotone, so the k-th magnitude is found bit by bit, each bit one count over `x`, and the ties
-    at it are cut at a flat index found the same way. Only counts cross devices, never weights. NaN sorts above
-    infinity. For up to 2³¹ − 1 entries.
+    integer is monotone, so the k-th magnitude is found digit by digit, each digit one pass of counts over `x`, and
+    the ties at it are cut at a flat index found the same way. Only counts cross devices, never weights. NaN sorts
+    above infinity. For up to 2³¹ − 1 entries.
     """
     if x.size >= 2**31:
         raise ValueError(f"an array of {x.size} entries does not fit 32-bit counts: split it")
     bits = jnp.finfo(x.dtype).bits
     word = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[bits]
-    rank = jax.lax.bitcast_convert_type(x, word) & word(2 ** (bits - 1) - 1)
+    # Functions, not arrays: computed anew within each pass, they are never stored.
+    rank = lambda: jax.lax.bitcast_convert_type(x, word) & word(2 ** (bits - 1) - 1)
+    index = lambda: _flat_index(x.shape)
     k = jnp.asarray(k, jnp.int32)
 
-    def bisect(values, n_bits, dtype, target, among):
-        """The largest t of n_bits bits with fewer than or exactly `target` values below it."""
+    threshold = _threshold(word, bits, k, lambda t: rank() < t)
+    smaller, tied = rank() < threshold, rank() == threshold
+    needed = k - _counts(smaller, tied)[0]
+    cut = jax.lax.cond(
+        needed > 0,
+        lambda: _threshold(jnp.uint32, x.size.bit_length(), needed, lambda t: (rank() == threshold) & (index() < t)),
+        lambda: jnp.uint32(0),
+    )
+    return smaller | (tied & (index() < cut))
 
-        def step(i, t):
-            candidate = t | (dtype(1) << (n_bits - 1 - i).astype(dtype))
-            below = jnp.sum(among & (values < candidate), dtype=jnp.int32)
-            return jnp.where(below <= target, candidate, t)
 
-        return jax.lax.fori_loop(0, n_bits, step, dtype(0))
+_DIGIT = 4  # bits
 
-    # With k = size every candidate would do: the all-ones threshold is then right, nothing lies above it.
-    threshold = bisect(rank, bits - 1, word, k, True)
-    below = rank < threshold
-    tied = rank == threshold
-    index = _flat_index(x.shape)
-    needed = k - jnp.sum(below, dtype=jnp.int32)
-    cut = bisect(index, max(1, x.size.bit_length()), jnp.int32, needed, tied)
-    return below | (tied & (index < cut))
+
+def _threshold(dtype, bits: int, k: jax.Array, below: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest t of so many bits for which `below(t)`, a mask that grows with t, is true at most `k` times."""
+    n_digits = -(-bits // _DIGIT)
+
+    def step(i, t):
+        shift = (_DIGIT * (n_digits - 1 - i)).astype(dtype)
+        counts = _counts(*(below(t | dtype(d) << shift) for d in range(1, 2**_DIGIT)))
+        return t | sum((n <= k).astype(dtype) for n in counts) << shift
+
+    return jax.lax.fori_loop(0, n_digits, step, dtype(0))
+
+
+def _counts(*masks: jax.Array) -> tuple[jax.Array, ...]:
+    """How many entries of each mask are true, all in one pass.
+
+    One reduction of many results: XLA for CPUs then fuses the comparisons into it, and stores none of the masks.
+    """
+    add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))
+    zeros = (jnp.int32(0),) * len(masks)
+    return jax.lax.reduce(tuple(m.astype(jnp.int32) for m in masks), zeros, add, tuple(range(masks[0].ndim)))
 
 
 def round_to(dtype, x: jax.Array) -> jax.Array:
@@ -174,9 +192,9 @@ def exact_delta(p: jax.Array, u: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def _flat_index(shape: Sequence[int]) -> jax.Array:
-    index = jnp.zeros(shape, jnp.int32)
+    index = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
-        index += stride * jax.lax.broadcasted_iota(jnp.int32, tuple(shape), axis)
+        index += jnp.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
         stride *= shape[axis]
     return index
