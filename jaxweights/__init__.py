@@ -22,6 +22,7 @@ from jaxweights.techniques.initialization import (
     xavier_uniform,
 )
 from jaxweights.techniques.layer_norm import group_norm, instance_norm, layer_norm, rms_norm
+from jaxweights.techniques.orthogonalization import Orthogonalize, orthogonalize
 from jaxweights.techniques.quantization import (
     FakeQuantize,
     QuantizedArray,
@@ -31,6 +32,7 @@ from jaxweights.techniques.quantization import (
     quantize,
 )
 from jaxweights.techniques.sparsification import Prune, Sparsify, magnitude_mask, sparsify
+from jaxweights.techniques.spectral_clipping import ClipSingularValues, clip_singular_values
 from jaxweights.techniques.spectral_norm import SpectralNorm, spectral_norm, spectral_normalize
 from jaxweights.techniques.weight_clipping import ClipNorm, ClipWeights, clip_norm, clip_weights
 from jaxweights.techniques.weight_decay import weight_decay
@@ -47,8 +49,10 @@ __all__ = [
     "Axes",
     "Chain",
     "ClipNorm",
+    "ClipSingularValues",
     "ClipWeights",
     "FakeQuantize",
+    "Orthogonalize",
     "Prune",
     "QuantizedArray",
     "ShareWeights",
@@ -63,6 +67,7 @@ __all__ = [
     "batch_norm",
     "batch_stats",
     "clip_norm",
+    "clip_singular_values",
     "clip_weights",
     "cluster",
     "conv_index",
@@ -83,6 +88,7 @@ __all__ = [
     "matmul",
     "nnx",
     "on_tree",
+    "orthogonalize",
     "project",
     "quantize",
     "reinitialize",

@@ -82,6 +82,11 @@ TRANSFORMS = [
     Case("clip_norm", lambda: jw.ClipNorm(1.0)),
     Case("clip_norm conv", lambda: jw.ClipNorm(1.0), shape=CONV),
     Case("clip_norm schedule", lambda: jw.ClipNorm(halving)),
+    # Wide, since XLA brings together the shorter sides of the blocks that one row of the mesh holds: here a quarter.
+    Case("orthogonalize", lambda: jw.Orthogonalize(), shape=(16, 64)),
+    Case("orthogonalize attention", lambda: jw.Orthogonalize(axes=jw.axes.ATTENTION_IN), shape=ATTENTION),
+    Case("clip_singular_values", lambda: jw.ClipSingularValues(5.0), shape=(16, 64)),
+    Case("clip_singular_values stack", lambda: jw.ClipSingularValues(halving, stack_axes), shape=STACK),
     Case("share_weights", lambda: jw.ShareWeights(8)),
     Case("share_weights hash", lambda: jw.ShareWeights(8, seed=0)),
     Case("fake_quantize", lambda: jw.FakeQuantize(4)),

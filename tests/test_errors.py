@@ -121,6 +121,10 @@ ARRAYS = [
             "fake_quantize": lambda w: jw.fake_quantize(w, 4),
             "quantize": lambda w: jw.quantize(w, 4),
             "matmul": lambda w: jw.matmul(w, jw.quantize(W.T, 4)),
+            "orthogonalize": jw.orthogonalize,
+            "clip_singular_values": lambda w: jw.clip_singular_values(w, 1.0),
+            "Orthogonalize": lambda w: jw.Orthogonalize().apply(w, {}),
+            "ClipSingularValues": lambda w: jw.ClipSingularValues(1.0).apply(w, {}),
             "share": lambda w: jw.share(w, np.zeros(3, int)),
             "weight_decay": lambda w: jw.weight_decay(W, w, 0.1),
             "weight_decay's grad": lambda w: jw.weight_decay(w, W, 0.1),
@@ -169,6 +173,12 @@ ARRAYS = [
     ("limit schedule", lambda w: jw.clip_weights(w, lambda step: 1.0), T, CALLABLE),
     ("max_norm < 0", lambda w: jw.clip_norm(w, -1), V, "max_norm must be at least 0"),
     ("max_norm vector", lambda w: jw.clip_norm(w, w[0]), V, SCALAR),
+    ("singular limit < 0", lambda w: jw.clip_singular_values(w, -1.0), V, "limit must be at least 0"),
+    ("singular limit vector", lambda w: jw.clip_singular_values(w, w[0]), V, SCALAR),
+    ("gain string", lambda w: jw.orthogonalize(w, gain="1"), T, NUMBER),
+    ("gain vector", lambda w: jw.orthogonalize(w, gain=w[0]), V, SCALAR),
+    ("orthogonalize in 0 steps", lambda w: jw.orthogonalize(w, n_steps=0), V, "n_steps must be at least 1"),
+    ("orthogonalize in 2.0 steps", lambda w: jw.orthogonalize(w, n_steps=2.0), T, INTEGER),
     ("threshold < 0", lambda w: jw.sparsify(w, -0.1), V, "threshold must be at least 0"),
     ("threshold matrix", lambda w: jw.sparsify(w, w), V, SCALAR),
     ("threshold string", lambda w: jw.sparsify(w, "0.1"), T, NUMBER),
@@ -199,6 +209,8 @@ ARRAYS = [
     ("axes a tuple", lambda w: jw.weight_normalize(w, axes=(0, 1)), T, WRITE_AXES),
     ("axes 0", lambda w: jw.spectral_norm(w, axes=0), T, WRITE_AXES),
     ("axes the class", lambda w: jw.clip_norm(w, 1.0, axes=jw.Axes), T, WRITE_AXES),
+    ("axes 1", lambda w: jw.orthogonalize(w, axes=1), T, WRITE_AXES),
+    ("axes of the input", lambda w: jw.clip_singular_values(w, 1.0, axes=jw.Axes(2)), V, "use axes from -2 to 1"),
     ("axes ()", lambda w: jw.FakeQuantize(4, per_unit=True, axes=()).apply(w, {}), T, WRITE_AXES),
     ("input out of range", lambda w: jw.quantize(w, 8, axes=jw.Axes(input=2)), V, "use axes from -2 to 1"),
     ("batch out of range", lambda w: jw.spectral_norm(w, axes=jw.Axes(batch=-3)), V, "use axes from -2 to 1"),
@@ -286,6 +298,9 @@ SPECS = [
     ("ClipWeights vector", lambda: jw.ClipWeights(jnp.ones(3)), V, SCALAR),
     ("ClipNorm < 0", lambda: jw.ClipNorm(-1.0), V, "max_norm must be at least 0"),
     ("ClipNorm None", lambda: jw.ClipNorm(None), T, NUMBER),
+    ("ClipSingularValues < 0", lambda: jw.ClipSingularValues(-1.0), V, "limit must be at least 0"),
+    ("Orthogonalize gain", lambda: jw.Orthogonalize(gain="1"), T, NUMBER),
+    ("Orthogonalize 0", lambda: jw.Orthogonalize(n_steps=0), V, "n_steps must be at least 1"),
     ("Sparsify < 0", lambda: jw.Sparsify(-1.0), V, "threshold must be at least 0"),
     ("Prune 1.5", lambda: jw.Prune(1.5), V, "sparsity must be in [0, 1], got 1.5"),
     ("Prune 50", lambda: jw.Prune(50), V, "sparsity must be in [0, 1], got 50"),
@@ -509,9 +524,12 @@ def test_every_public_name_has_a_case():
     assert {name for name in jw.__all__ if not re.search(rf"\b{name}\b", table)} == without
 
 
+SCHEDULED = (jw.ClipWeights, jw.ClipNorm, jw.ClipSingularValues, jw.Orthogonalize, jw.Sparsify, jw.Prune)
 NUMBERS = {
     "clip_weights": jw.clip_weights,
     "clip_norm": jw.clip_norm,
+    "clip_singular_values": jw.clip_singular_values,
+    "orthogonalize": lambda w, n: jw.orthogonalize(w[:, :3], gain=n),
     "sparsify": jw.sparsify,
     "magnitude_mask": jw.magnitude_mask,
     "weight_decay": lambda w, n: jw.weight_decay(w, w, n),
@@ -521,7 +539,7 @@ NUMBERS = {
     "group_norm": lambda w, n: jw.group_norm(w, n_groups=2, eps=n),
     "fold_batch_norm": lambda w, n: jw.fold_batch_norm(w, mean=w[0], var=w[0], eps=n)[1],
     "running_stats": lambda w, n: jw.running_stats((w[0], w[0]), (w[1], w[1], w[1]), n)[0],
-    **{t.__name__: lambda w, n, t=t: applied(t(n), w) for t in (jw.ClipWeights, jw.ClipNorm, jw.Sparsify, jw.Prune)},
+    **{t.__name__: lambda w, n, t=t: applied(t(n), w) for t in SCHEDULED},
 }
 
 
@@ -539,7 +557,7 @@ def test_hyper_parameters_may_be_arrays_traced_or_not(name):
     np.testing.assert_allclose(jax.jit(NUMBERS[name])(W, 0.25), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ClipWeights", "ClipNorm", "Sparsify", "Prune"])
+@pytest.mark.parametrize("name", [t.__name__ for t in SCHEDULED])
 @pytest.mark.parametrize(
     "schedule",
     [lambda step: 0.25, lambda step: np.float32(0.25), lambda step: 0 * step + 0.25, optax.constant_schedule(0.25)],
