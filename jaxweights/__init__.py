@@ -34,7 +34,21 @@ from jaxweights.techniques.quantization import (
 from jaxweights.techniques.sparsification import Prune, Sparsify, magnitude_mask, sparsify
 from jaxweights.techniques.spectral_clipping import ClipSingularValues, clip_singular_values
 from jaxweights.techniques.spectral_norm import SpectralNorm, spectral_norm, spectral_normalize
-from jaxweights.techniques.weight_clipping import ClipNorm, ClipWeights, clip_norm, clip_weights
+from jaxweights.techniques.weight_clipping import (
+    Around,
+    BoundNorm,
+    ClipNorm,
+    ClipRange,
+    ClipWeights,
+    L1Ball,
+    Simplex,
+    bound_norm,
+    clip_norm,
+    clip_range,
+    clip_weights,
+    project_l1_ball,
+    project_simplex,
+)
 from jaxweights.techniques.weight_decay import weight_decay
 from jaxweights.techniques.weight_norm import WeightNorm, weight_normalize
 from jaxweights.techniques.weight_sharing import ShareWeights, cluster, conv_index, hash_index, share
@@ -46,16 +60,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Around",
     "Axes",
+    "BoundNorm",
     "Chain",
     "ClipNorm",
+    "ClipRange",
     "ClipSingularValues",
     "ClipWeights",
     "FakeQuantize",
+    "L1Ball",
     "Orthogonalize",
     "Prune",
     "QuantizedArray",
     "ShareWeights",
+    "Simplex",
     "Sparsify",
     "SpectralNorm",
     "Transform",
@@ -66,7 +85,9 @@ __all__ = [
     "axes",
     "batch_norm",
     "batch_stats",
+    "bound_norm",
     "clip_norm",
+    "clip_range",
     "clip_singular_values",
     "clip_weights",
     "cluster",
@@ -90,6 +111,8 @@ __all__ = [
     "on_tree",
     "orthogonalize",
     "project",
+    "project_l1_ball",
+    "project_simplex",
     "quantize",
     "reinitialize",
     "rms_norm",

@@ -52,6 +52,13 @@ def check_scalar(name: str, value, low: float = -math.inf, high: float = math.in
         raise ValueError(f"{name} must be {bounds}, got {value!r}")
 
 
+def check_order(low_name: str, low, high_name: str, high) -> None:
+    """Raises if `low` > `high`, as far as both are known: neither a schedule nor a JAX array."""
+    known = lambda value: not callable(value) and not isinstance(value, jax.Array)
+    if known(low) and known(high) and low > high:
+        raise ValueError(f"{low_name} must be at most {high_name}, got {low!r} and {high!r}: swap them")
+
+
 def check_integer(name: str, value, low: int, high: int | None = None) -> None:
     """Raises unless `value` is a Python integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):

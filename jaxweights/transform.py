@@ -57,6 +57,13 @@ class Transform:
         """The transformed weight."""
         raise TypeError(f"{type(self).__name__} defines no apply: a transform is at least apply(w, state)")
 
+    def anchor(self, w: jax.Array, state: State) -> float | jax.Array:
+        """The side to err on: where no update gives `apply(w)` bit for bit, `project` stops short of it towards here.
+
+        0 suits a bound on magnitudes. For other constraints it is a point within them.
+        """
+        return 0.0
+
     def with_axes(self, axes: Axes) -> Transform:
         """This spec with `axes`, where it has a field for them that the user left open: what a tree tells of them."""
         if "axes" in (f.name for f in dataclasses.fields(self)) and getattr(self, "axes") is None:  # noqa: B009
@@ -125,6 +132,11 @@ class Chain(Transform):
         for i, t in enumerate(self.transforms):
             w = t.apply(w, self._part(i, state))
         return w
+
+    def anchor(self, w, state):
+        """That of the last."""
+        last = len(self.transforms) - 1
+        return self.transforms[last].anchor(w, self._part(last, state))
 
     def with_axes(self, axes):
         """The chain of the members with `axes`."""

@@ -87,6 +87,16 @@ TRANSFORMS = [
     Case("orthogonalize attention", lambda: jw.Orthogonalize(axes=jw.axes.ATTENTION_IN), shape=ATTENTION),
     Case("clip_singular_values", lambda: jw.ClipSingularValues(5.0), shape=(16, 64)),
     Case("clip_singular_values stack", lambda: jw.ClipSingularValues(halving, stack_axes), shape=STACK),
+    Case("clip_range", lambda: jw.ClipRange(0.0)),
+    Case("clip_range schedule", lambda: jw.ClipRange(-0.2, halving)),
+    Case("bound_norm", lambda: jw.BoundNorm(1.0, 2.0)),
+    Case("bound_norm conv", lambda: jw.BoundNorm(1.0, 1.0), shape=CONV),
+    Case("simplex", lambda: jw.Simplex()),
+    Case("simplex attention", lambda: jw.Simplex(2.0, jw.axes.ATTENTION_IN), shape=ATTENTION),
+    Case("l1_ball", lambda: jw.L1Ball(5.0)),
+    Case("l1_ball stack", lambda: jw.L1Ball(halving, stack_axes), shape=STACK),
+    Case("around clip_weights", lambda: jw.Around(jw.ClipWeights(0.05))),
+    Case("around clip_norm", lambda: jw.Around(jw.ClipNorm(halving)), shape=CONV),
     Case("share_weights", lambda: jw.ShareWeights(8)),
     Case("share_weights hash", lambda: jw.ShareWeights(8, seed=0)),
     Case("fake_quantize", lambda: jw.FakeQuantize(4)),
@@ -100,6 +110,10 @@ TRANSFORMS = [
 
 FUNCTIONS = [
     Case("weight_decay", function=lambda w: jw.weight_decay(w / 2, w, 0.1)),
+    Case(
+        "weight_decay cautious L1",
+        function=lambda w: jw.weight_decay(w / 2, w, 0.1, penalty_grad=jnp.sign, toward=w[::-1], cautious=True),
+    ),
     Case("batch_norm", function=lambda x: jw.batch_norm(x, per_feature(x, 2), per_feature(x, 1))),
     Case("batch_norm masked", function=lambda x: jw.batch_norm(x, where=jnp.arange(x.shape[0])[:, None] < 40)),
     Case(

@@ -34,6 +34,7 @@ STATE, OTHER_STATE, HEAD_STATE = (SPECTRAL.init(params, KEY) for params in (PARA
 NO_STATE = jw.TreeState({}, {})
 narrow, prune, project, decay = jw.ClipNorm(1.0, beyond), jw.Prune(0.5), jw.project(clip), jw.add_weight_decay(0.1)
 HE = {"**/kernel": jw.he_normal}
+AROUND = jw.Around(clip)
 DENSE = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
 OLD_MASK = {"params": DENSE, "weight_transform": {"kernel": {"mask": W > 0}}}
 
@@ -103,6 +104,7 @@ FLAX_PATHS = "arrays of this tree are: bias (3,), kernel (4, 3)"
 ONE_SHAPE = "they must have one shape and dtype"
 UPDATE = "call tx.update(grads, state, params)"
 SHAPE = "write (2, 3), or (2,) for one axis"
+TOWARD = "add_weight_decay at 'encoder/kernel': toward"
 
 # A case is (name, function, error, remedy). A function with an argument is called with W, and once more under jit.
 ARRAYS = [
@@ -112,6 +114,10 @@ ARRAYS = [
         for name, f in {
             "clip_weights": lambda w: jw.clip_weights(w, 1.0),
             "clip_norm": lambda w: jw.clip_norm(w, 1.0),
+            "clip_range": lambda w: jw.clip_range(w, 0.0),
+            "bound_norm": lambda w: jw.bound_norm(w, 1.0, 1.0),
+            "project_simplex": lambda w: jw.project_simplex(w),
+            "project_l1_ball": lambda w: jw.project_l1_ball(w, 1.0),
             "sparsify": lambda w: jw.sparsify(w, 1.0),
             "magnitude_mask": lambda w: jw.magnitude_mask(w, 0.5),
             "weight_normalize": jw.weight_normalize,
@@ -128,6 +134,7 @@ ARRAYS = [
             "share": lambda w: jw.share(w, np.zeros(3, int)),
             "weight_decay": lambda w: jw.weight_decay(W, w, 0.1),
             "weight_decay's grad": lambda w: jw.weight_decay(w, W, 0.1),
+            "weight_decay's toward": lambda w: jw.weight_decay(W, W, 0.1, toward=w),
             "batch_norm": jw.batch_norm,
             "batch_stats": jw.batch_stats,
             "layer_norm": jw.layer_norm,
@@ -141,6 +148,13 @@ ARRAYS = [
             "Prune": lambda w: jw.Prune(0.5).init(w, KEY),
             "ClipWeights": lambda w: jw.ClipWeights(1.0).apply(w, {}),
             "ClipNorm": lambda w: jw.ClipNorm(1.0).apply(w, {}),
+            "ClipRange": lambda w: jw.ClipRange(0.0).apply(w, {}),
+            "BoundNorm": lambda w: jw.BoundNorm(1.0, 1.0).apply(w, {}),
+            "Simplex": lambda w: jw.Simplex().apply(w, {}),
+            "L1Ball": lambda w: jw.L1Ball(1.0).apply(w, {}),
+            "Around": lambda w: AROUND.init(w, KEY),
+            "Around's update": lambda w: AROUND.update(w, {"center": W}),
+            "Around's apply": lambda w: AROUND.apply(w, {"center": W}),
             "Sparsify": lambda w: jw.Sparsify(1.0).apply(w, {}),
             "FakeQuantize": lambda w: jw.FakeQuantize(4).apply(w, {}),
             "Chain": lambda w: jw.Chain(jw.ClipWeights(1.0)).apply(w, {}),
@@ -179,6 +193,17 @@ ARRAYS = [
     ("gain vector", lambda w: jw.orthogonalize(w, gain=w[0]), V, SCALAR),
     ("orthogonalize in 0 steps", lambda w: jw.orthogonalize(w, n_steps=0), V, "n_steps must be at least 1"),
     ("orthogonalize in 2.0 steps", lambda w: jw.orthogonalize(w, n_steps=2.0), T, INTEGER),
+    ("low NaN", lambda w: jw.clip_range(w, math.nan), V, NAN),
+    ("high string", lambda w: jw.clip_range(w, 0.0, "1"), T, NUMBER),
+    ("low > high", lambda w: jw.clip_range(w, 1.0, -1), V, "low must be at most high, got 1.0 and -1: swap them"),
+    ("low norm < 0", lambda w: jw.bound_norm(w, -1.0, 1.0), V, "low must be at least 0"),
+    ("high norm NaN", lambda w: jw.bound_norm(w, 0.0, math.nan), V, NAN),
+    ("low norm > high", lambda w: jw.bound_norm(w, 2.0, np.array(1.0)), V, "low must be at most high"),
+    ("rate of the norm 2", lambda w: jw.bound_norm(w, 0.0, 1.0, rate=2.0), V, "rate must be in [0, 1], got 2.0"),
+    ("total < 0", lambda w: jw.project_simplex(w, -1.0), V, "total must be at least 0"),
+    ("total schedule", lambda w: jw.project_simplex(w, lambda step: 1.0), T, CALLABLE),
+    ("radius < 0", lambda w: jw.project_l1_ball(w, -1.0), V, "radius must be at least 0"),
+    ("radius None", lambda w: jw.project_l1_ball(w, None), T, NUMBER),
     ("threshold < 0", lambda w: jw.sparsify(w, -0.1), V, "threshold must be at least 0"),
     ("threshold matrix", lambda w: jw.sparsify(w, w), V, SCALAR),
     ("threshold string", lambda w: jw.sparsify(w, "0.1"), T, NUMBER),
@@ -188,6 +213,9 @@ ARRAYS = [
     ("rate < 0", lambda w: jw.weight_decay(w, w, -0.1), V, "rate must be at least 0"),
     ("rate schedule", lambda w: jw.weight_decay(w, w, optax.constant_schedule(1)), T, CALLABLE),
     ("decay shapes", lambda w: jw.weight_decay(w, w[0], 0.1), V, "pass the gradient of this weight"),
+    ("decay toward", lambda w: jw.weight_decay(w, w, 0.1, toward=w[0]), V, "pass the centre of this weight"),
+    ("penalty by name", lambda w: jw.weight_decay(w, w, 0.1, penalty_grad="l1"), T, "pass jnp.sign for L1"),
+    ("penalty summed", lambda w: jw.weight_decay(w, w, 0.1, penalty_grad=jnp.sum), V, "penalty_grad must return"),
     ("bits 0", lambda w: jw.fake_quantize(w, 0), V, "bits must be from 1 to 16, got 0"),
     ("bits 33", lambda w: jw.fake_quantize(w, 33), V, "bits must be from 1 to 16, got 33"),
     ("bits 1.5", lambda w: jw.fake_quantize(w, 1.5), T, INTEGER),
@@ -283,6 +311,8 @@ ARRAYS = [
     ("mask shape", lambda w: jw.Prune(0.5).apply(w, {"mask": w[0] > 0}), V, INIT),
     ("index shape", lambda w: jw.ShareWeights(2).apply(w, {"index": integers(w)[0]}), V, INIT),
     ("schedule without state", lambda w: jw.ClipWeights(lambda s: 1.0).apply(w, {}), V, INIT),
+    ("no centre", lambda w: AROUND.apply(w, {}), V, INIT),
+    ("centre shape", lambda w: AROUND.update(w, {"center": w[0]}), V, INIT),
     ("schedule without step", lambda w: jw.ClipWeights(lambda s: 1.0).update(w, {}), V, INIT),
     ("pruning without step", lambda w: jw.Prune(lambda s: 0.5).update(w, {"mask": w > 0}), V, INIT),
     ("schedule of vectors", lambda w: jw.ClipWeights(lambda s: w[0]).init(w, KEY), V, SCALAR),
@@ -301,6 +331,16 @@ SPECS = [
     ("ClipSingularValues < 0", lambda: jw.ClipSingularValues(-1.0), V, "limit must be at least 0"),
     ("Orthogonalize gain", lambda: jw.Orthogonalize(gain="1"), T, NUMBER),
     ("Orthogonalize 0", lambda: jw.Orthogonalize(n_steps=0), V, "n_steps must be at least 1"),
+    ("ClipRange NaN", lambda: jw.ClipRange(math.nan), V, NAN),
+    ("ClipRange None", lambda: jw.ClipRange(None), T, NUMBER),
+    ("ClipRange swapped", lambda: jw.ClipRange(1.0, 0.0), V, "swap them"),
+    ("BoundNorm < 0", lambda: jw.BoundNorm(-1.0, 1.0), V, "low must be at least 0"),
+    ("BoundNorm swapped", lambda: jw.BoundNorm(1.0, 0.0), V, "swap them"),
+    ("BoundNorm rate", lambda: jw.BoundNorm(1.0, 1.0, -1.0), V, "rate must be in [0, 1], got -1.0"),
+    ("Simplex < 0", lambda: jw.Simplex(-1.0), V, "total must be at least 0"),
+    ("L1Ball NaN", lambda: jw.L1Ball(math.nan), V, NAN),
+    ("Around 3", lambda: jw.Around(3), T, "Around needs a jaxweights.Transform, got int"),
+    ("Around a class", lambda: jw.Around(jw.ClipWeights), T, "make an instance, ClipWeights(...)"),
     ("Sparsify < 0", lambda: jw.Sparsify(-1.0), V, "threshold must be at least 0"),
     ("Prune 1.5", lambda: jw.Prune(1.5), V, "sparsity must be in [0, 1], got 1.5"),
     ("Prune 50", lambda: jw.Prune(50), V, "sparsity must be in [0, 1], got 50"),
@@ -431,6 +471,14 @@ LEVELS = [
     ("decay no glob", lambda: jw.add_weight_decay(0.1, "**/w").init(PARAMS), V, PATHS),
     ("decay tree", lambda w: step(decay, tree(w, "head"), PARAMS), V, GRADIENTS),
     ("decay tree shapes", lambda w: step(decay, tree(w[:2]), PARAMS), V, GRADIENTS),
+    ("penalty by name, optax", lambda: jw.add_weight_decay(0.1, penalty_grad="l1"), T, "pass jnp.sign for L1"),
+    (
+        "toward another tree",
+        lambda: jw.add_weight_decay(0.1, toward=HEAD["head"]).init(PARAMS),
+        V,
+        TOWARD.format("missing"),
+    ),
+    ("toward shapes", lambda: jw.add_weight_decay(0.1, toward=OTHER).init(PARAMS), V, TOWARD.format("of shape (2, 6)")),
     # Linen.
     ("linen class", lambda: linen(jw.ClipWeights), T, "make an instance, ClipWeights(...)"),
     ("linen rules {}", lambda: linen({}), V, EMPTY),
@@ -524,10 +572,17 @@ def test_every_public_name_has_a_case():
     assert {name for name in jw.__all__ if not re.search(rf"\b{name}\b", table)} == without
 
 
-SCHEDULED = (jw.ClipWeights, jw.ClipNorm, jw.ClipSingularValues, jw.Orthogonalize, jw.Sparsify, jw.Prune)
+SCHEDULED = (
+    *(jw.ClipWeights, jw.ClipNorm, jw.ClipRange, jw.ClipSingularValues),
+    *(jw.Simplex, jw.L1Ball, jw.Orthogonalize, jw.Sparsify, jw.Prune),
+)
 NUMBERS = {
     "clip_weights": jw.clip_weights,
     "clip_norm": jw.clip_norm,
+    "clip_range": lambda w, n: jw.clip_range(w, -n, n),
+    "bound_norm": lambda w, n: jw.bound_norm(w, n, n, rate=n),
+    "project_simplex": jw.project_simplex,
+    "project_l1_ball": jw.project_l1_ball,
     "clip_singular_values": jw.clip_singular_values,
     "orthogonalize": lambda w, n: jw.orthogonalize(w[:, :3], gain=n),
     "sparsify": jw.sparsify,

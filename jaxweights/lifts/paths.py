@@ -43,8 +43,9 @@ def select(
 ) -> dict[int, T]:
     """The value of the first rule that matches each weight, by position; weights without one are left out.
 
-    `None` as a rule matches what `where` allows; `None` as `where` allows weights of two or more axes if a rule
-    matches by None, and every weight that a rule names otherwise. Raises if a glob, or all of it, matches nothing.
+    `None` as a rule matches what `where` allows; `None` as `where` allows weights of two or more axes that are no
+    biases or scales, if a rule matches by None, and every weight that a rule names otherwise. Raises if a glob, or all
+    of it, matches nothing.
     """
     weights = [i for i, leaf in enumerate(leaves) if is_weight(leaf)]
     if where is not None:
@@ -56,9 +57,10 @@ def select(
         elif where is not None:
             matched = weights
         else:
-            matched = [i for i in weights if leaves[i].ndim >= 2 and STATE not in paths[i].split("/")]
+            matched = _matrices(weights, paths, leaves)
             if not matched:
-                _nothing("the default where (floating-point arrays with two or more axes)", paths, leaves)
+                default = "floating-point arrays with two or more axes that are no biases or scales"
+                _nothing(f"the default where ({default})", paths, leaves)
         for i in matched:
             chosen.setdefault(i, value)
     return chosen
@@ -116,6 +118,22 @@ def _matching(among: list[int], paths: Sequence[str], leaves: Sequence[Any], whe
             _nothing(f"where={pattern!r}", paths, leaves)
         found.update(matches)
     return sorted(found)
+
+
+def _matrices(among: list[int], paths: Sequence[str], leaves: Sequence[Any]) -> list[int]:
+    """The weights of two or more axes, but for the biases and scales, which have as many in a stack of layers.
+
+    Those go by their names, or, as the `weight` of an Equinox norm, by the bias beside it: it has the same shape.
+    """
+    shapes = {paths[i]: leaves[i].shape for i in among}
+    matched = []
+    for i in among:
+        parent, _, name = paths[i].rpartition("/")
+        bias = shapes.get(f"{parent}/bias" if parent else "bias")
+        vector = leaves[i].ndim < 2 or name in ("bias", "scale") or leaves[i].shape == bias
+        if not vector and STATE not in paths[i].split("/"):
+            matched.append(i)
+    return matched
 
 
 def _nothing(what: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:

@@ -82,6 +82,12 @@ class TreeTransform:
                 leaves[i] = t.apply(leaves[i], self._state(paths[i], state, t))
         return jax.tree_util.tree_unflatten(treedef, leaves)
 
+    def anchors(self, params: Any, state: TreeState) -> dict[str, float | jax.Array]:
+        """The anchor of each selected weight, by path: the side on which `project` rounds."""
+        paths, leaves, _ = flatten(params)
+        chosen = self._chosen(paths, leaves)
+        return {paths[i]: t.anchor(leaves[i], self._state(paths[i], state, t)) for i, t in chosen.items()}
+
     def selected(self, params: Any) -> dict[str, Transform]:
         """The transform of each selected weight, by path: what `where` and the rules come to on this tree."""
         paths, leaves, _ = flatten(params)
@@ -116,7 +122,8 @@ def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None 
     Args:
       transform: a transform, or rules {glob: transform} of which the first that matches a path is taken.
       where: the weights to transform: a glob on paths ("**/kernel"), a list of globs, or a predicate
-        `(path, array) -> bool`. By default those with two or more axes; with rules, those the rules name.
+        `(path, array) -> bool`. By default those with two or more axes that are no biases or scales; with rules,
+        those the rules name.
 
     Returns:
       An object with `init(params, key)`, `update(params, state)` and `apply(params, state)`. All other leaves,

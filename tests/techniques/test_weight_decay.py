@@ -1,4 +1,4 @@
-"""Weight decay: g + λw, against float64 NumPy."""
+"""Weight decay: g + λ∇P(w − w₀), against float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,45 @@ def test_float16_is_computed_in_float32():
     w = jnp.float16([65504])
     assert jw.weight_decay(jnp.float16([-60000]), w, 1.5)[0] == np.float16(1.5 * 65504 - 60000)
     assert jw.weight_decay(w, w, 0.5)[0] == jnp.inf
+
+
+PENALTIES = {
+    "l2": (None, lambda d: d),
+    "l1": (jnp.sign, np.sign),
+    "elastic net": (lambda d: jnp.sign(d) + 4 * d, lambda d: np.sign(d) + 4 * d),
+    "group lasso": (jw.weight_normalize, lambda d: d / np.sqrt(np.sum(np.float64(d) ** 2, axis=0))),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("toward", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_penalties_centres_and_caution(name, cautious, toward, dtype):
+    penalty_grad, slope = PENALTIES[name]
+    g, w, center = (jnp.asarray(normal(30, 4, seed=i), dtype) for i in range(3))
+    out = jw.weight_decay(g, w, 0.3, penalty_grad=penalty_grad, toward=center if toward else None, cautious=cautious)
+    assert out.dtype == dtype
+    g, w, center = (np.float64(x) for x in (g, w, center))
+    pull = slope(w - center if toward else w)
+    kept = cautious & (g * pull < 0)
+    assert 0 < (g * pull < 0).mean() < 1
+    np.testing.assert_allclose(
+        np.float64(out), np.where(kept, g, g + 0.3 * pull), rtol=float(jnp.finfo(dtype).eps), atol=1e-6
+    )
+
+
+def test_caution_goes_by_signs_of_any_size():
+    """Decay where g·w >= 0 (Chen et al., algorithm 1): 0 counts as agreement, and the sign of 1e-30·1e-30 is not 0."""
+    g, w = jnp.float32([0.0, 1e-30, -1e-30, 1e30, -1e30]), jnp.float32([2.0, 1e-30, 1e-30, 1e30, 1e30])
+    expected = [1.0, 1.5e-30, -1e-30, 1.5e30, -1e30]
+    np.testing.assert_allclose(jw.weight_decay(g, w, 0.5, cautious=True), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("penalty_grad", [None, jnp.sign, jw.weight_normalize])
+def test_a_weight_at_the_centre_stays(penalty_grad):
+    w = jnp.array([3.0, -2.0, 0.0])
+    np.testing.assert_array_equal(jw.weight_decay(jnp.zeros(3), w, 0.5, penalty_grad=penalty_grad, toward=w), 0)
 
 
 def test_errors():

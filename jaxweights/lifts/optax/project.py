@@ -28,7 +28,7 @@ def project(
     Turns the update u of a weight p into u' such that p + u' is the transform of p + u, so that the constraint
     holds after `optax.apply_updates`: |w| <= c, zeros and masks bit for bit, in float32 and in 16 bits. For that,
     u' is float32 or wider, and where p + u' cannot be the projected weight it is its neighbour towards
-    zero. A weight that the transform does not change keeps its update u.
+    zero, or towards the `anchor` of the transform. A weight that the transform does not change keeps its update u.
 
     A transform with state keeps it in the optimizer's: each step is its `update`, then its `apply`. A learned
     scale (`WeightNorm`) stays what it is at the start, so that the norms do.
@@ -72,8 +72,9 @@ def project(
         moved_tree = jax.tree_util.tree_unflatten(treedef, moved)
         tree_state = lifted.update(moved_tree, state.transform, updates)
         targets = flatten(lifted.apply(moved_tree, tree_state))[1]
+        anchors = lifted.anchors(moved_tree, tree_state)
 
-        new = {paths[i]: exact_delta(p_leaves[i], u_leaves[i], targets[i]) for i in chosen}
+        new = {paths[i]: exact_delta(p_leaves[i], u_leaves[i], targets[i], anchors[paths[i]]) for i in chosen}
         u_paths, flat, u_treedef = flatten(updates)
         replaced = [new.get(path, u) for path, u in zip(u_paths, flat, strict=True)]
         return jax.tree_util.tree_unflatten(u_treedef, replaced), ProjectState(tree_state)

@@ -1,0 +1,124 @@
+"""Weight clipping by value: to [−limit, limit], or to any range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.checks import check_order, check_scalar, check_weight
+from jaxweights.numerics import wide
+from jaxweights.transform import Number, Scalar, Transform
+
+
+def clip_weights(w: jax.Array, limit: Number) -> jax.Array:
+    """Clips every weight to [−limit, limit].
+
+    w' = c if w > c, −c if w < −c, else w; c is `limit` in the dtype of `w`.
+
+    Args:
+      w: float array of any shape.
+      limit: c >= 0, a number or a scalar array.
+
+    Returns:
+      Array of the shape and dtype of `w`. The gradient is 1 where `w` is kept and 0 where it is cut; infinite
+      weights become ±c and NaN stays NaN.
+
+    Raises:
+      TypeError: `w` is not a float array, or `limit` not a number.
+      ValueError: `limit` is negative or NaN.
+
+    >>> import jax.numpy as jnp
+    >>> print(clip_weights(jnp.array([-3.0, 0.5, 2.0]), 1.0))
+    [-1.   0.5  1. ]
+
+    References: Arjovsky, Chintala and Bottou, Wasserstein GAN, arXiv:1701.07875, 2017.
+    """
+    w = check_weight(w)
+    check_scalar("limit", limit, 0)
+    c = jnp.asarray(limit, wide(w.dtype)).astype(w.dtype)
+    return _clip(w, -c, c)
+
+
+def clip_range(w: jax.Array, low: Number = -math.inf, high: Number = math.inf) -> jax.Array:
+    """Clips every weight to [low, high]: `clip_range(w, 0.0)` makes it non-negative.
+
+    w' = high if w > high, low if w < low, else w; both in the dtype of `w`.
+
+    Args:
+      w: float array of any shape.
+      low: the least value, a number or a scalar array.
+      high: the greatest value, likewise. Where an array `high` is less than `low`, the result is `high`.
+
+    Returns:
+      Array of the shape and dtype of `w`. The gradient is 1 where `w` is kept and 0 where it is cut; NaN stays NaN.
+
+    Raises:
+      TypeError: `w` is not a float array, or `low` or `high` not a number.
+      ValueError: `low` or `high` is NaN, or `low` greater than `high`.
+
+    >>> import jax.numpy as jnp
+    >>> print(clip_range(jnp.array([-3.0, 0.5, 2.0]), 0.0, 1.0))
+    [0.  0.5 1. ]
+
+    References: Lee and Seung, Learning the parts of objects by non-negative matrix factorization, Nature 401, 1999.
+    """
+    w = check_weight(w)
+    check_scalar("low", low)
+    check_scalar("high", high)
+    check_order("low", low, "high", high)
+    low, high = (jnp.asarray(limit, wide(w.dtype)).astype(w.dtype) for limit in (low, high))
+    return _clip(w, low, high)
+
+
+def _clip(w: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    w = jnp.where(w < low, low, w)
+    return jnp.where(w > high, high, w)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipWeights(Transform):
+    """Clips every weight to [−limit, limit]. State: none, unless `limit` is a schedule.
+
+    >>> import jax.numpy as jnp
+    >>> print(ClipWeights(1.0).apply(jnp.array([-3.0, 0.5]), {}))
+    [-1.   0.5]
+    """
+
+    limit: Scalar
+
+    def __post_init__(self):
+        check_scalar("limit", self.limit, 0, schedule=True)
+
+    def apply(self, w, state):
+        """`clip_weights(w, limit)`."""
+        return clip_weights(w, self.value("limit", state))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipRange(Transform):
+    """Clips every weight to [low, high]: `ClipRange(0.0)` keeps it non-negative. State: none, but for schedules.
+
+    >>> import jax.numpy as jnp
+    >>> print(ClipRange(0.0).apply(jnp.array([-3.0, 0.5]), {}))
+    [0.  0.5]
+    """
+
+    low: Scalar = -math.inf
+    high: Scalar = math.inf
+
+    def __post_init__(self):
+        check_scalar("low", self.low, schedule=True)
+        check_scalar("high", self.high, schedule=True)
+        check_order("low", self.low, "high", self.high)
+
+    def apply(self, w, state):
+        """`clip_range(w, low, high)`."""
+        return clip_range(w, self.value("low", state), self.value("high", state))
+
+    def anchor(self, w, state):
+        """The middle of the range; of a half-line, its infinite end."""
+        low, high = (jnp.asarray(self.value(name, state), wide(w.dtype)) for name in ("low", "high"))
+        return jnp.where(jnp.isinf(low) & jnp.isinf(high), 0, low / 2 + high / 2)

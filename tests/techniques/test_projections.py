@@ -1,0 +1,228 @@
+"""Ranges, norms in a range, the simplex and the L1 ball, against float64 NumPy and the definition of a projection."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+from x64 import enable_x64
+
+import jaxweights as jw
+from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE
+
+FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
+READINGS = [
+    ((5,), None, (0,)),
+    ((), None, ()),
+    ((4, 30), None, (0,)),
+    ((3, 2, 4, 5), CONV, (0, 1, 2)),
+    ((4, 2, 3), ATTENTION_IN, (0,)),
+    ((2, 3, 4), ATTENTION_OUT, (0, 1)),
+    ((6, 4, 3), DENSE.stacked(), (1,)),
+]
+vectors = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=12).map(np.float32)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def per_unit(f, w, over):
+    """f of the vector of each output unit, in float64, by a loop."""
+    w = np.float64(w)
+    if not over:
+        return np.vectorize(lambda x: f(np.array([x]))[0])(w)
+    rest = [a for a in range(w.ndim) if a not in over]
+    moved = np.transpose(w, (*rest, *over))
+    rows = moved.reshape(-1, np.prod([w.shape[a] for a in over]))
+    out = np.array([f(row) for row in rows]).reshape(moved.shape)
+    return np.transpose(out, np.argsort((*rest, *over)))
+
+
+def simplex(v, total):
+    """Duchi et al. 2008, figure 1: by a sort. Shifted first, which float64 needs too for a small total."""
+    v = v - v.max()
+    u = np.sort(v)[::-1]
+    gaps = u - (np.cumsum(u) - total) / np.arange(1, len(v) + 1)
+    rho = np.flatnonzero(gaps > 0).max(initial=0)
+    return np.maximum(v - (u[: rho + 1].sum() - total) / (rho + 1), 0)
+
+
+def l1_ball(v, radius):
+    return v if np.abs(v).sum() <= radius else np.sign(v) * simplex(np.abs(v), radius)
+
+
+# clip_range
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("low", "high"), [(0.0, np.inf), (-np.inf, -0.3), (0.1, 0.7), (-1, 0.25), (0.5, 0.5)])
+@pytest.mark.parametrize("shape", [(), (30, 4), (0, 3)])
+def test_clip_range(dtype, low, high, shape):
+    w = jnp.asarray(normal(*shape), dtype)
+    out = jw.clip_range(w, low, high)
+    assert out.dtype == dtype and out.shape == shape
+    low, high = (np.float64(np.asarray(limit).astype(dtype)) for limit in (low, high))
+    np.testing.assert_array_equal(np.float64(out), np.clip(np.float64(w), low, high))
+
+
+def test_clip_range_of_what_is_no_number_and_its_gradient():
+    w = jnp.array([-jnp.inf, -1.0, 0.5, 2.0, jnp.inf, jnp.nan])
+    out, pull = jax.vjp(lambda w: jw.clip_range(w, 0.0, 1.0), w)
+    np.testing.assert_array_equal(out, [0, 0, 0.5, 1, 1, np.nan])
+    np.testing.assert_array_equal(pull(jnp.ones(6))[0], [0, 0, 1, 0, 0, 1])
+    assert jw.clip_range(jnp.array(0.0), jnp.array(2.0), jnp.array(1.0)) == 1
+
+
+# bound_norm
+
+
+@pytest.mark.parametrize(("shape", "axes", "over"), READINGS)
+@pytest.mark.parametrize(
+    ("dtype", "low", "high", "rate"),
+    [
+        (jnp.float32, 1.0, 2.0, 1.0),
+        (jnp.bfloat16, 1.0, 1.0, 1.0),
+        (jnp.float16, 0.0, 1.5, 0.25),
+        (jnp.float32, 3, 4, 0.5),
+    ],
+)
+def test_bound_norm(shape, axes, over, dtype, low, high, rate):
+    w = jnp.asarray(normal(*shape), dtype)
+    out = jw.bound_norm(w, low, high, rate=rate, axes=axes)
+    assert out.dtype == dtype and out.shape == shape
+    exact = np.float64(w)
+    norm = np.sqrt(np.sum(exact**2, over, keepdims=True))
+    expected = exact * (rate * np.clip(norm, low, high) + (1 - rate) * norm) / norm
+    np.testing.assert_allclose(np.float64(out), expected, rtol=2 * float(jnp.finfo(dtype).eps))
+
+
+def test_bound_norm_keeps_what_is_in_range_zero_or_no_number():
+    w = jnp.array([[0.0, 0.6, jnp.nan, jnp.inf, 30.0], [0.0, 0.8, 1.0, 1.0, 40.0]])
+    out = jw.bound_norm(w, 0.5, 2.0)
+    np.testing.assert_array_equal(out[:, :4], w[:, :4])
+    np.testing.assert_allclose(out[:, 4], [1.2, 1.6], rtol=1e-6)
+
+
+def test_bound_norm_gradient():
+    with enable_x64(True):
+        w, low, high, rate = jnp.asarray(normal(4, 30)), jnp.array(1.5), jnp.array(2.5), jnp.array(0.7)
+        norm = np.linalg.norm(w, axis=0)
+        assert (norm < 1.5).any() and (norm > 2.5).any() and ((norm > 1.5) & (norm < 2.5)).any()
+        f = jax.jit(lambda w, low, high, rate: jw.bound_norm(w, low, high, rate=rate))
+        check_grads(f, (w, low, high, rate), order=1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_unit_norm_of_huge_and_tiny_weights(size):
+    w = jnp.float32([[1, 2], [2, -3], [-2, 6]]) * size
+    out, pull = jax.vjp(lambda w: jw.bound_norm(w, 1e3, 1e3), w)
+    np.testing.assert_allclose(out, 1e3 * np.float64([[1, 2], [2, -3], [-2, 6]]) / [3, 7], rtol=1e-6)
+    assert jnp.isfinite(pull(jnp.full_like(w, 1e-4))[0]).all()
+
+
+# The simplex and the L1 ball
+
+
+@pytest.mark.parametrize(("shape", "axes", "over"), READINGS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", [0.0, 0.5, 3])
+def test_simplex_and_l1_ball(shape, axes, over, dtype, size):
+    w = jnp.asarray(normal(*shape), dtype)
+    for f, oracle in ((jw.project_simplex, simplex), (jw.project_l1_ball, l1_ball)):
+        out = f(w, size, axes=axes)
+        assert out.dtype == dtype and out.shape == shape
+        expected = per_unit(lambda v, oracle=oracle: oracle(v, size), w, over)
+        np.testing.assert_allclose(np.float64(out), expected, atol=(size + 1) * float(jnp.finfo(dtype).eps))
+
+
+@settings(deadline=None, max_examples=200)
+@given(vectors, st.floats(2**-20, 1e6, width=32))
+def test_simplex_of_any_vector(v, total):
+    out = np.float64(jw.project_simplex(jnp.asarray(v), total))
+    assert (out >= 0).all()
+    assert abs(out.sum() - total) <= 1e-6 * total * len(v)
+    np.testing.assert_allclose(out, simplex(np.float64(v), total), atol=2e-6 * total)
+
+
+@settings(deadline=None, max_examples=200)
+@given(vectors, st.floats(2**-20, 1e6, width=32))
+def test_l1_ball_of_any_vector(v, radius):
+    out = np.float64(jw.project_l1_ball(jnp.asarray(v), radius))
+    assert np.abs(out).sum() <= radius * (1 + 1e-6 * len(v))
+    if np.abs(np.float64(v)).sum() <= radius * (1 - 1e-6):
+        np.testing.assert_array_equal(out, v)
+    np.testing.assert_allclose(out, l1_ball(np.float64(v), radius), atol=2e-6 * radius)
+
+
+@pytest.mark.parametrize("total", [0.5, 2.0, 10.0])
+def test_no_feasible_point_is_nearer(total):
+    """For a convex set, p is the projection of w if and only if (w − p)·(q − p) <= 0 for every q of the set."""
+    rng = np.random.default_rng(0)
+    w = 2 * rng.normal(size=(20, 6))
+    q = total * rng.dirichlet(np.full(20, 0.2), size=2000)
+    corners = total * np.eye(20)
+    signs = rng.choice([-1, 1], size=q.shape)
+    shrink = rng.uniform(size=(2000, 1))
+    with enable_x64(True):
+        for f, points in (
+            (jw.project_simplex, (q, corners)),
+            (jw.project_l1_ball, (q * signs * shrink, corners, -corners, np.zeros((1, 20)))),
+        ):
+            p = np.asarray(f(jnp.asarray(w), total))
+            for point in points:
+                assert (np.einsum("iu,qiu->qu", w - p, point[:, :, None] - p) <= 1e-12).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 1000])
+@pytest.mark.parametrize(
+    "vector",
+    [
+        lambda n: 2.0 ** -np.arange(n),  # as slow as it gets: each step tells few entries apart
+        lambda n: 2.0 ** np.arange(n).clip(0, 99),
+        lambda n: 1e30 + np.zeros(n),
+        lambda n: np.linspace(-1e30, 1e30, n),
+        lambda n: 1e-30 * normal(n),
+        lambda n: -1e4 + 1e-2 * normal(n),
+    ],
+)
+def test_simplex_of_wide_ranges(n, vector):
+    v = np.float32(vector(n))
+    out = np.float64(jax.jit(jw.project_simplex)(v))
+    np.testing.assert_allclose(out, simplex(np.float64(v), 1.0), atol=1e-6)
+    assert out.sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_gradients():
+    with enable_x64(True):
+        w, size = jnp.asarray(normal(8, 5)), jnp.array(2.0)
+        for f in (jw.project_simplex, jw.project_l1_ball):
+            assert 0 < (f(w, size) == 0).sum() < w.size
+            check_grads(jax.jit(f), (w, size), order=1, rtol=1e-6)
+            check_grads(lambda w, size, f=f: jax.vmap(lambda v: f(v, size))(w.T), (w, size), order=1, rtol=1e-6)
+
+
+def test_what_is_no_number():
+    w = jnp.array([[jnp.nan, jnp.inf, -jnp.inf, 0.5], [1.0, 1.0, 1.0, 0.5]])
+    np.testing.assert_array_equal(jw.project_simplex(w), [[np.nan, np.nan, 0, 0.5], [np.nan, 0, 1, 0.5]])
+    np.testing.assert_array_equal(jw.project_l1_ball(w, 1.0), [[np.nan, np.nan, np.nan, 0.5], [np.nan, 0, 0, 0.5]])
+    assert jw.project_simplex(jnp.zeros((0, 3))).shape == (0, 3)
+    assert jw.project_l1_ball(jnp.zeros((3, 0)), 1.0).shape == (3, 0)
+
+
+def test_transforms_follow_their_schedules():
+    w = jnp.array([[0.5], [-3.0], [4.0]])
+    growing = lambda step: 1.0 + step
+    for make, f in (
+        (lambda s: jw.ClipRange(0.0, s), lambda n: jw.clip_range(w, 0.0, n)),
+        (lambda s: jw.BoundNorm(0.5, s), lambda n: jw.bound_norm(w, 0.5, n)),
+        (jw.Simplex, lambda n: jw.project_simplex(w, n)),
+        (jw.L1Ball, lambda n: jw.project_l1_ball(w, n)),
+    ):
+        t = make(growing)
+        state = t.init(w, jax.random.key(0))
+        for n in (1.0, 2.0, 3.0):
+            state = t.update(w, state)
+            np.testing.assert_allclose(t.apply(w, state), f(n), rtol=1e-6)
