@@ -77,6 +77,19 @@ def check_shape(name: str, shape) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def check_mask(where, shape: tuple[int, ...]) -> jax.Array:
+    """`where` as a boolean array that broadcasts to `shape`, or an error."""
+    kind = getattr(where, "dtype", type(where))
+    if not jnp.issubdtype(kind, jnp.bool_):
+        raise TypeError(f"where must be a boolean array, got {kind}: compare it with a number")
+    try:
+        return jnp.broadcast_to(where, shape)
+    except ValueError as e:
+        raise ValueError(
+            f"where must broadcast to x {shape}, got shape {jnp.shape(where)}: add axes with [..., None]"
+        ) from e
+
+
 def check_state(state, **shapes: tuple[int, ...] | None) -> None:
     """Raises unless `state` is a dict with an array of each name and shape; None is any shape."""
     if not isinstance(state, Mapping):

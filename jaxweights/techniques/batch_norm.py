@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading
-from jaxweights.checks import check_scalar, check_weight
+from jaxweights.checks import check_mask, check_scalar, check_weight
 from jaxweights.moments import moments
 from jaxweights.numerics import wide
+from jaxweights.standardize import inverse_deviation, standardize
 
 
 def batch_stats(
@@ -189,40 +190,9 @@ def running_stats(
     return mix(running[0], mean), mix(running[1], var)
 
 
-def inverse_deviation(var: jax.Array, eps) -> jax.Array:
-    """1/√(var + eps), and 0 where that is 1/0: a constant feature without ε is only centred."""
-    square = var + jnp.asarray(eps, var.dtype)
-    return jnp.where(square == 0, 0, jax.lax.rsqrt(jnp.where(square == 0, 1, square)))
-
-
-def standardize(x, mean, var, scale, bias, eps) -> jax.Array:
-    """(x − mean)/√(var + eps)·scale + bias in float32 or wider, in the dtype of `x`."""
-    dtype = wide(x.dtype)
-    factor = inverse_deviation(var.astype(dtype), eps)
-    if scale is not None:
-        factor = factor * scale.astype(dtype)
-    y = (x.astype(dtype) - mean.astype(dtype)) * factor
-    if bias is not None:
-        y = y + bias.astype(dtype)
-    return y.astype(x.dtype)
-
-
 def check_features(x) -> jax.Array:
     """`x` as a float array with a last axis, or an error."""
     x = check_weight(x, "x")
     if x.ndim < 1:
         raise ValueError("x must have a last axis of features, got a scalar: add one with x[None]")
     return x
-
-
-def check_mask(where, shape: tuple[int, ...]) -> jax.Array:
-    """`where` as a boolean array that broadcasts to `shape`, or an error."""
-    kind = getattr(where, "dtype", type(where))
-    if not jnp.issubdtype(kind, jnp.bool_):
-        raise TypeError(f"where must be a boolean array, got {kind}: compare it with a number")
-    try:
-        return jnp.broadcast_to(where, shape)
-    except ValueError as e:
-        raise ValueError(
-            f"where must broadcast to x {shape}, got shape {jnp.shape(where)}: add axes with [..., None]"
-        ) from e

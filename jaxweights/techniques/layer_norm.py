@@ -11,7 +11,7 @@ from jaxweights.axes import axis_tuple
 from jaxweights.checks import check_integer, check_scalar, check_weight
 from jaxweights.moments import moments
 from jaxweights.numerics import wide
-from jaxweights.techniques.batch_norm import standardize
+from jaxweights.standardize import standardize
 
 
 def layer_norm(
