@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING
 
 from jaxweights import axes
 from jaxweights.axes import Axes, fans
+from jaxweights.lifts.fold_batch_norm import fold_batch_norms
 from jaxweights.lifts.optax import add_weight_decay, project
 from jaxweights.lifts.rewrite import reinitialize, tie
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
-from jaxweights.techniques.batch_norm import batch_norm, batch_stats, fold_batch_norm, running_stats
+from jaxweights.techniques.batch_norm import (
+    batch_norm,
+    batch_renorm,
+    batch_stats,
+    fold_batch_norm,
+    merge_stats,
+    running_stats,
+)
 from jaxweights.techniques.initialization import (
     he_normal,
     he_uniform,
@@ -84,6 +92,7 @@ __all__ = [
     "add_weight_decay",
     "axes",
     "batch_norm",
+    "batch_renorm",
     "batch_stats",
     "bound_norm",
     "clip_norm",
@@ -96,6 +105,7 @@ __all__ = [
     "fake_quantize",
     "fans",
     "fold_batch_norm",
+    "fold_batch_norms",
     "group_norm",
     "hash_index",
     "he_normal",
@@ -107,6 +117,7 @@ __all__ = [
     "linen",
     "magnitude_mask",
     "matmul",
+    "merge_stats",
     "nnx",
     "on_tree",
     "orthogonalize",

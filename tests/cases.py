@@ -116,6 +116,11 @@ FUNCTIONS = [
     ),
     Case("batch_norm", function=lambda x: jw.batch_norm(x, per_feature(x, 2), per_feature(x, 1))),
     Case("batch_norm masked", function=lambda x: jw.batch_norm(x, where=jnp.arange(x.shape[0])[:, None] < 40)),
+    Case("batch_norm ghosts", function=lambda x: jw.batch_norm(x, ghost_size=16)),
+    Case(
+        "batch_renorm",
+        function=lambda x: jw.batch_renorm(x, mean=per_feature(x, 1), var=per_feature(x, 2), r_max=1.2, d_max=0.5),
+    ),
     Case(
         "fold_batch_norm",
         function=lambda w: jw.fold_batch_norm(w, mean=per_feature(w, 1), var=per_feature(w, 2))[0],

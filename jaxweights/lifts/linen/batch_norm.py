@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxweights.techniques.batch_norm import batch_norm, batch_stats, check_features, running_stats
+from jaxweights.techniques.batch_norm import batch_norm, train_batch_norm
+from jaxweights.techniques.batch_norm.statistics import check_features
 
 
 class BatchNorm(nn.Module):
     """Batch normalization with running statistics. Parameters and statistics are named as Flax's.
 
-    running ← momentum·running + (1 − momentum)·batch, variance biased. A batch in which nothing counts leaves
-    the running statistics as they are.
+    The running statistics move as `running_stats` says, and not at all in a batch in which nothing counts.
 
     Attributes:
       use_running_average: evaluate with the running statistics; here or in the call.
-      momentum: what is kept of the running statistics per step.
+      momentum: the share per step, as the convention reads it; by default its own: 0.99 in Flax, 0.1 in torch.
+      convention: "flax" keeps `momentum` of the running statistics, variance biased; "torch" takes `momentum` of the
+        batch's, variance unbiased.
       epsilon: ε under the root.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
       axis_name: name(s) of mapped axes to take the statistics over, by count.
+      ghost_size: trains on ghost batches of so many entries of the first axis, each standardised on its own.
+      renorm: (r_max, d_max) of batch renormalization; here or, so that they may grow, in the call.
     """
 
     use_running_average: bool | None = None
-    momentum: float = 0.99
+    momentum: float | None = None
+    convention: Literal["flax", "torch"] = "flax"
     epsilon: float = 1e-5
     use_bias: bool = True
     use_scale: bool = True
     axis_name: Any = None
+    ghost_size: int | None = None
+    renorm: tuple[float, float] | None = None
 
     @nn.compact
-    def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
+    def __call__(self, x, use_running_average: bool | None = None, *, mask=None, renorm=None):
         """Normalises `x`, shape (..., features); only entries where `mask` is true count."""
         x = check_features(x)
         evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
@@ -44,8 +51,19 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
         if evaluate:
             return batch_norm(x, scale, bias, mean=mean.value, var=var.value, eps=self.epsilon)
-        axis_name = None if self.is_initializing() else self.axis_name
-        now = batch_stats(x, where=mask, axis_name=axis_name)
+        y, running = train_batch_norm(
+            x,
+            (mean.value, var.value),
+            scale,
+            bias,
+            where=mask,
+            axis_name=None if self.is_initializing() else self.axis_name,
+            ghost_size=self.ghost_size,
+            renorm=self.renorm if renorm is None else renorm,
+            momentum=self.momentum,
+            convention=self.convention,
+            eps=self.epsilon,
+        )
         if not self.is_initializing():
-            mean.value, var.value = running_stats((mean.value, var.value), now, self.momentum)
-        return batch_norm(x, scale, bias, mean=now[0], var=now[1], eps=self.epsilon)
+            mean.value, var.value = running
+        return y

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +10,27 @@ from flax import nnx
 
 from jaxweights.checks import check_shape
 from jaxweights.lifts.nnx.variables import value
-from jaxweights.techniques.batch_norm import batch_norm, batch_stats, running_stats
+from jaxweights.techniques.batch_norm import batch_norm, train_batch_norm
 
 
 class BatchNorm(nnx.Module):
     """Batch normalization with running statistics. Parameters and statistics are named as Flax's.
 
-    running ← momentum·running + (1 − momentum)·batch, variance biased. A batch in which nothing counts leaves
-    the running statistics as they are. `train()` and `eval()` switch between batch and running statistics.
+    The running statistics move as `running_stats` says, and not at all in a batch in which nothing counts.
+    `train()` and `eval()` switch between the statistics of the batch and the running ones.
 
     Args:
       num_features: size of the last axis.
       use_running_average: evaluate with the running statistics; here, by `train`/`eval`, or in the call.
-      momentum: what is kept of the running statistics per step.
+      momentum: the share per step, as the convention reads it; by default its own: 0.99 in Flax, 0.1 in torch.
+      convention: "flax" keeps `momentum` of the running statistics, variance biased; "torch" takes `momentum` of the
+        batch's, variance unbiased.
       epsilon: ε under the root.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
       axis_name: name(s) of mapped axes to take the statistics over, by count.
+      ghost_size: trains on ghost batches of so many entries of the first axis, each standardised on its own.
+      renorm: (r_max, d_max) of batch renormalization; here or, so that they may grow, in the call.
       rngs: taken for the likeness to Flax's modules; nothing is drawn.
 
     >>> from flax import nnx
@@ -41,11 +45,14 @@ class BatchNorm(nnx.Module):
         num_features: int,
         *,
         use_running_average: bool = False,
-        momentum: float = 0.99,
+        momentum: float | None = None,
+        convention: Literal["flax", "torch"] = "flax",
         epsilon: float = 1e-5,
         use_bias: bool = True,
         use_scale: bool = True,
         axis_name: Any = None,
+        ghost_size: int | None = None,
+        renorm: tuple[float, float] | None = None,
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
@@ -55,17 +62,30 @@ class BatchNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(shape)) if use_scale else nnx.data(None)
         self.bias = nnx.Param(jnp.zeros(shape)) if use_bias else nnx.data(None)
         self.use_running_average = use_running_average
-        self.momentum, self.epsilon, self.axis_name = momentum, epsilon, axis_name
+        self.momentum, self.convention = momentum, convention
+        self.epsilon, self.axis_name = epsilon, axis_name
+        self.ghost_size, self.renorm = ghost_size, renorm
 
-    def __call__(self, x: jax.Array, use_running_average: bool | None = None, *, mask=None) -> jax.Array:
+    def __call__(self, x: jax.Array, use_running_average: bool | None = None, *, mask=None, renorm=None) -> jax.Array:
         """Normalises `x`, shape (..., features); only entries where `mask` is true count."""
         evaluate = self.use_running_average if use_running_average is None else use_running_average
-        mean, var = self.mean[...], self.var[...]
-        if not evaluate:
-            mean, var, count = batch_stats(x, where=mask, axis_name=self.axis_name)
-            new = running_stats((self.mean[...], self.var[...]), (mean, var, count), self.momentum)
-            self.mean[...], self.var[...] = new
-        return batch_norm(x, value(self.scale), value(self.bias), mean=mean, var=var, eps=self.epsilon)
+        running, scale, bias = (self.mean[...], self.var[...]), value(self.scale), value(self.bias)
+        if evaluate:
+            return batch_norm(x, scale, bias, mean=running[0], var=running[1], eps=self.epsilon)
+        y, (self.mean[...], self.var[...]) = train_batch_norm(
+            x,
+            running,
+            scale,
+            bias,
+            where=mask,
+            axis_name=self.axis_name,
+            ghost_size=self.ghost_size,
+            renorm=self.renorm if renorm is None else renorm,
+            momentum=self.momentum,
+            convention=self.convention,
+            eps=self.epsilon,
+        )
+        return y
 
     def set_view(self, use_running_average: bool | None = None, **kwargs) -> dict:
         """Class method used by `nnx.view`.

@@ -1,0 +1,81 @@
+"""Batch renormalization: training that normalises nearly as evaluation does."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.checks import check_scalar
+from jaxweights.numerics import wide
+from jaxweights.standardize import inverse_deviation
+from jaxweights.techniques.batch_norm.normalization import check_parameters, normalize
+from jaxweights.techniques.batch_norm.statistics import batch_stats, check_features
+
+
+def batch_renorm(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    mean: jax.Array,
+    var: jax.Array,
+    r_max: float | jax.Array,
+    d_max: float | jax.Array,
+    where: jax.Array | None = None,
+    axis_name=None,
+    eps: float = 1e-5,
+) -> jax.Array:
+    """Standardises each feature over the batch, corrected towards the running statistics.
+
+    y = ((x − μ_B)/σ_B·r + d)·scale + bias with r = clip(σ_B/σ, 1/r_max, r_max),
+    d = clip((μ_B − μ)/σ, −d_max, d_max), σ_B = √(σ²_B + ε) and σ = √(σ² + ε). No gradient flows through r and d.
+    Where nothing is clipped, y is (x − μ)/σ·scale + bias, as in evaluation; r_max = 1 with d_max = 0 is `batch_norm`.
+
+    Args:
+      x: float array, shape (..., features).
+      scale: shape (features,); 1 by default.
+      bias: shape (features,); 0 by default.
+      mean: running mean μ, shape (features,).
+      var: running variance σ², shape (features,). Move both with `running_stats` and `batch_stats`.
+      r_max: at least 1. The paper goes from 1 to 3 in the first steps of training.
+      d_max: at least 0. The paper goes from 0 to 5.
+      where: boolean array that broadcasts to `x`; only true entries count in the statistics.
+      axis_name: name(s) of mapped axes to take the statistics over, by count.
+      eps: ε >= 0.
+
+    Returns:
+      Array of the shape and dtype of `x`, computed in float32 or wider. NaN stays in its feature.
+
+    Raises:
+      TypeError: an array is not of a floating dtype.
+      ValueError: a shape does not fit, or `r_max`, `d_max` or `eps` is out of range.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> print(batch_renorm(x, mean=jnp.ones(1), var=4 * jnp.ones(1), r_max=3.0, d_max=5.0, eps=0.0))
+    [[0.]
+     [1.]]
+
+    References: Ioffe, Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models,
+    arXiv:1702.03275, 2017.
+    """
+    x = check_features(x)
+    check_scalar("eps", eps, 0)
+    check_parameters(x, scale=scale, bias=bias, mean=mean, var=var)
+    now = batch_stats(x, where=where, axis_name=axis_name)
+    return renormalize(x, now[0], now[1], mean, var, scale, bias, r_max, d_max, eps)
+
+
+def renormalize(x, batch_mean, batch_var, mean, var, scale, bias, r_max, d_max, eps) -> jax.Array:
+    """`batch_renorm` with the statistics of the batch as given."""
+    check_scalar("r_max", r_max, 1)
+    check_scalar("d_max", d_max, 0)
+    dtype = wide(x.dtype)
+    mean, var, r_max, d_max = (jnp.asarray(a, dtype) for a in (mean, var, r_max, d_max))
+    inverse = inverse_deviation(var, eps)
+    r = jnp.clip(jnp.sqrt(batch_var + jnp.asarray(eps, dtype)) * inverse, 1 / r_max, r_max)
+    d = jnp.clip((batch_mean - mean) * inverse, -d_max, d_max)
+    r, d = jax.lax.stop_gradient((r, d))
+    factor = jnp.ones_like(r) if scale is None else scale.astype(dtype)
+    shift = jnp.zeros_like(d) if bias is None else bias.astype(dtype)
+    return normalize(x, batch_mean, batch_var, r * factor, d * factor + shift, eps)

@@ -1,0 +1,39 @@
+"""One step of training: what the Linen and the NNX module have in common."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxweights.checks import check_scalar
+from jaxweights.techniques.batch_norm.normalization import check_parameters, normalize
+from jaxweights.techniques.batch_norm.renormalization import renormalize
+from jaxweights.techniques.batch_norm.statistics import Stats, batch_stats, check_features, running_stats
+
+
+def train_batch_norm(
+    x: jax.Array,
+    running: tuple[jax.Array, jax.Array],
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    where,
+    axis_name,
+    ghost_size: int | None,
+    renorm: tuple[float, float] | None,
+    momentum: float | None,
+    convention,
+    eps: float,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """(y, new running statistics): `batch_norm`, or `batch_renorm` where `renorm` is (r_max, d_max)."""
+    x = check_features(x)
+    check_scalar("eps", eps, 0)
+    if renorm is not None and (not isinstance(renorm, tuple | list) or len(renorm) != 2):
+        raise ValueError(f"renorm must be (r_max, d_max) or None, got {renorm!r}: the paper ends at (3.0, 5.0)")
+    if renorm is not None and ghost_size is not None:
+        raise ValueError("renorm brings a batch to the running statistics and ghost_size parts it: give one of them")
+    batch: Stats = batch_stats(x, where=where, axis_name=axis_name, ghost_size=ghost_size)
+    new = running_stats(running, batch, momentum, convention=convention)
+    check_parameters(x, scale=scale, bias=bias)
+    if renorm is None:
+        return normalize(x, batch[0], batch[1], scale, bias, eps), new
+    return renormalize(x, batch[0], batch[1], *running, scale, bias, *renorm, eps), new
