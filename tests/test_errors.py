@@ -36,6 +36,8 @@ narrow, prune, project, decay = jw.ClipNorm(1.0, beyond), jw.Prune(0.5), jw.proj
 HE = {"**/kernel": jw.he_normal}
 AROUND = jw.Around(clip)
 DENSE = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+DENSE_NORM = {"a": {"kernel": W}, "n": {"scale": W[0]}}
+NORM_STATS = {"n": {"mean": W[0], "var": W[0]}}
 OLD_MASK = {"params": DENSE, "weight_transform": {"kernel": {"mask": W > 0}}}
 
 
@@ -440,6 +442,10 @@ SPECS = [
 
 LEVELS = [
     # Trees.
+    ("fold no such norm", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"m": "a"}), V, "There are: n"),
+    ("fold no such layer", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"n": "b"}), V, "Kernels are at: a"),
+    ("fold leaves out", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {}), V, "name the layer before each"),
+    ("fold pairs", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, [("n", "a")]), T, "{batch norm: layer}"),
     ("on_tree of a function", lambda: lift(jnp.abs), T, "on_tree needs a jaxweights.Transform"),
     ("on_tree of a class", lambda: lift(jw.SpectralNorm), T, "make an instance, SpectralNorm(...)"),
     ("on_tree of None", lambda: lift(None), T, "on_tree needs a jaxweights.Transform, got NoneType"),
