@@ -1,4 +1,4 @@
-"""Spectral normalization: a weight divided by its largest singular value."""
+"""Spectral normalization by an estimate of the spectral norm that each step of training improves."""
 
 from __future__ import annotations
 
@@ -9,85 +9,13 @@ import string
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading, axes_or_default
+from jaxweights.axes import Axes, Reading
 from jaxweights.checks import check_integer, check_state, check_weight
 from jaxweights.numerics import automatic, safe_divide, safe_norm, wide
+from jaxweights.techniques.spectral_norm.exact import spectral_normalize
 from jaxweights.transform import Transform
 
 _INITIAL_STEPS = 15
-
-
-def spectral_norm(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
-    """The largest singular value of a weight, exactly (by SVD).
-
-    σ(W) = max ‖xᵀW‖₂ over ‖x‖₂ = 1, W the matrix that `axes` reads from `w`.
-
-    Args:
-      w: float array of any shape.
-      axes: how `w` is read as a matrix; (..., in, out) by default.
-
-    Returns:
-      σ in float32 or wider, shape (*batch, [groups]); () for one matrix. The gradient is u·vᵀ, of the leading
-      singular vectors. σ of a zero or empty matrix is 0.
-
-    Raises:
-      TypeError: `w` is not a float array.
-      ValueError: `axes` does not fit `w`.
-
-    >>> import jax.numpy as jnp
-    >>> print(spectral_norm(jnp.diag(jnp.array([1.0, -3.0, 2.0]))))
-    3.0
-    """
-    w = check_weight(w)
-    matrix = axes_or_default(axes, w.ndim).matrix(w.astype(wide(w.dtype)))
-    if 0 in matrix.shape:
-        return jnp.zeros(matrix.shape[:-2], matrix.dtype)
-    # Scaled to 1 first, so that neither tiny nor huge weights leave the range of the SVD.
-    size = jax.lax.stop_gradient(jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True))
-    scaled = safe_divide(jax.lax.stop_gradient(matrix), size)
-    u, _, vt = jnp.linalg.svd(scaled, full_matrices=False)
-    return jnp.einsum("...i,...ij,...j->...", u[..., :, 0], matrix, vt[..., 0, :], precision="highest")
-
-
-def spectral_normalize(w: jax.Array, sigma: jax.Array | None = None, *, axes: Axes | None = None) -> jax.Array:
-    """Divides a weight by its largest singular value.
-
-    w' = w / σ(W). The gradient flows through σ where it is computed here.
-
-    Args:
-      w: float array of any shape.
-      sigma: σ if known, shape (*batch, [groups]) or a scalar; `spectral_norm(w, axes=axes)` by default.
-      axes: how `w` is read as a matrix; (..., in, out) by default.
-
-    Returns:
-      Array of the shape and dtype of `w`. Where σ is 0, `w` itself.
-
-    Raises:
-      TypeError: `w` is not a float array.
-      ValueError: `axes` does not fit `w`, or `sigma` has another shape.
-
-    >>> import jax.numpy as jnp
-    >>> print(spectral_normalize(jnp.diag(jnp.array([1.0, 4.0]))))
-    [[0.25 0.  ]
-     [0.   1.  ]]
-
-    References: Miyato, Kataoka, Koyama and Yoshida, Spectral Normalization for Generative Adversarial Networks,
-    arXiv:1802.05957, 2018.
-    """
-    w = check_weight(w)
-    r = Reading.of(axes, w.shape)
-    sigma = spectral_norm(w, axes=axes) if sigma is None else check_weight(sigma, "sigma")
-    view, gr = r.split_groups(w)
-    batch = tuple(view.shape[a] for a in gr.batch)
-    if sigma.shape not in ((), batch):
-        raise ValueError(f"sigma must have shape {batch} (one per matrix of w {w.shape}) or (), got {sigma.shape}")
-    if sigma.shape:
-        sigma = jnp.expand_dims(
-            jnp.transpose(sigma, sorted(range(len(gr.batch)), key=lambda i: gr.batch[i])),
-            tuple(a for a in range(view.ndim) if a not in gr.batch),
-        )
-    dtype = wide(w.dtype)
-    return safe_divide(view.astype(dtype), sigma.astype(dtype)).astype(w.dtype).reshape(w.shape)
 
 
 @dataclasses.dataclass(frozen=True)

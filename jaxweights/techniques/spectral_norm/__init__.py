@@ -1,0 +1,6 @@
+"""Spectral normalization: a weight divided by its largest singular value."""
+
+from jaxweights.techniques.spectral_norm.exact import spectral_norm, spectral_normalize
+from jaxweights.techniques.spectral_norm.streaming import SpectralNorm
+
+__all__ = ["SpectralNorm", "spectral_norm", "spectral_normalize"]
