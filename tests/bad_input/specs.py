@@ -1,0 +1,92 @@
+"""Transforms, axes, indices and initializers that refuse when they are made."""
+
+import math
+
+import jax.numpy as jnp
+from bad_input.vocabulary import INTEGER, KEY, NAN, NUMBER, SCALAR, SHAPE, WRITE_AXES, T, V
+
+import jaxweights as jw
+
+CASES = [
+    # Transforms, axes, indices and initializers refuse when they are made.
+    ("ClipWeights < 0", lambda: jw.ClipWeights(-1.0), V, "limit must be at least 0, got -1.0"),
+    ("ClipWeights NaN", lambda: jw.ClipWeights(math.nan), V, NAN),
+    ("ClipWeights string", lambda: jw.ClipWeights("1"), T, NUMBER),
+    ("ClipWeights vector", lambda: jw.ClipWeights(jnp.ones(3)), V, SCALAR),
+    ("ClipNorm < 0", lambda: jw.ClipNorm(-1.0), V, "max_norm must be at least 0"),
+    ("ClipNorm None", lambda: jw.ClipNorm(None), T, NUMBER),
+    ("ClipSingularValues < 0", lambda: jw.ClipSingularValues(-1.0), V, "limit must be at least 0"),
+    ("Orthogonalize gain", lambda: jw.Orthogonalize(gain="1"), T, NUMBER),
+    ("Orthogonalize 0", lambda: jw.Orthogonalize(n_steps=0), V, "n_steps must be at least 1"),
+    ("ClipRange NaN", lambda: jw.ClipRange(math.nan), V, NAN),
+    ("ClipRange None", lambda: jw.ClipRange(None), T, NUMBER),
+    ("ClipRange swapped", lambda: jw.ClipRange(1.0, 0.0), V, "swap them"),
+    ("BoundNorm < 0", lambda: jw.BoundNorm(-1.0, 1.0), V, "low must be at least 0"),
+    ("BoundNorm swapped", lambda: jw.BoundNorm(1.0, 0.0), V, "swap them"),
+    ("BoundNorm rate", lambda: jw.BoundNorm(1.0, 1.0, -1.0), V, "rate must be in [0, 1], got -1.0"),
+    ("Simplex < 0", lambda: jw.Simplex(-1.0), V, "total must be at least 0"),
+    ("L1Ball NaN", lambda: jw.L1Ball(math.nan), V, NAN),
+    ("Around 3", lambda: jw.Around(3), T, "Around needs a jaxweights.Transform, got int"),
+    ("Around a class", lambda: jw.Around(jw.ClipWeights), T, "make an instance, ClipWeights(...)"),
+    ("Sparsify < 0", lambda: jw.Sparsify(-1.0), V, "threshold must be at least 0"),
+    ("Prune 1.5", lambda: jw.Prune(1.5), V, "sparsity must be in [0, 1], got 1.5"),
+    ("Prune 50", lambda: jw.Prune(50), V, "sparsity must be in [0, 1], got 50"),
+    ("Prune list", lambda: jw.Prune([0.5]), T, NUMBER),
+    ("FakeQuantize 0", lambda: jw.FakeQuantize(0), V, "bits must be from 1 to 16, got 0"),
+    ("FakeQuantize 33", lambda: jw.FakeQuantize(33), V, "bits must be from 1 to 16, got 33"),
+    ("FakeQuantize 1.5", lambda: jw.FakeQuantize(1.5), T, INTEGER),
+    ("FakeQuantize axes", lambda: jw.FakeQuantize(4, axes=jw.Axes()), V, "give per_unit=True too"),
+    ("FakeQuantize True", lambda: jw.FakeQuantize(True), T, INTEGER),
+    ("SpectralNorm 0", lambda: jw.SpectralNorm(0), V, "n_steps must be at least 1"),
+    ("SpectralNorm 1.0", lambda: jw.SpectralNorm(1.0), T, INTEGER),
+    ("ShareWeights 0", lambda: jw.ShareWeights(0), V, "n must be from 1 to"),
+    ("ShareWeights seed", lambda: jw.ShareWeights(2, seed=-1), V, "seed must be at least 0"),
+    ("Chain()", lambda: jw.Chain(), V, "Chain(t1, t2, ...)"),
+    ("Chain(3)", lambda: jw.Chain(3), T, "Chain needs a jaxweights.Transform, got int"),
+    ("Chain([...])", lambda: jw.Chain([jw.ClipWeights(1.0)]), T, "Chain needs a jaxweights.Transform, got list"),
+    ("Chain of a class", lambda: jw.Chain(jw.SpectralNorm), T, "make an instance, SpectralNorm(...)"),
+    ("Axes 1.5", lambda: jw.Axes(input=1.5), T, "name axes as in (0, 1)"),
+    ("Axes string", lambda: jw.Axes(output="out"), T, "name axes as in (0, 1)"),
+    ("Axes True", lambda: jw.Axes(batch=True), T, "name axes as in (0, 1)"),
+    ("Axes None", lambda: jw.Axes(input=None), T, "name axes as in (0, 1)"),
+    ("groups 0", lambda: jw.Axes(groups=0), V, "groups must be at least 1"),
+    ("groups 2.0", lambda: jw.Axes(groups=2.0), T, INTEGER),
+    ("stacked at -1", lambda: jw.Axes().stacked(-1), V, "axis must be at least 0"),
+    ("stacked at '0'", lambda: jw.Axes().stacked("0"), T, INTEGER),
+    ("stacked from the front", lambda: jw.Axes(0, 1).stacked(), V, "counted from the end (negative)"),
+    ("fans of an integer", lambda: jw.fans(5), T, SHAPE),
+    ("fans of floats", lambda: jw.fans((2.0, 3)), T, INTEGER),
+    ("fans < 0", lambda: jw.fans((-1, 3)), V, "each size in shape must be at least 0"),
+    ("fans with a tuple", lambda: jw.fans((2, 3), (0, 1)), T, WRITE_AXES),
+    *(
+        (f"{name} {what}", lambda name=name, args=args: getattr(jw, name)(KEY, *args), error, remedy)
+        for name in ("xavier_normal", "xavier_uniform", "he_normal", "he_uniform", "lecun_normal", "lecun_uniform")
+        for what, args, error, remedy in [
+            ("dtype int", ((2, 3), int), T, "use jnp.float32"),
+            ("dtype complex", ((2, 3), jnp.complex64), T, "use jnp.float32"),
+            ("dtype None", ((2, 3), None), T, "use jnp.float32"),
+            ("without inputs", ((0, 3),), V, "a weight without inputs has no scale"),
+            ("shape 3", (3,), T, SHAPE),
+        ]
+    ),
+    ("initializer axes", lambda: jw.he_normal(KEY, (2, 3), axes=jw.Axes(2)), V, "use axes from -2 to 1"),
+    ("conv channels", lambda: jw.conv_index((3, 3, 2, 4), (8, 8, 3)), V, "(*window, in, out) and (*space, in)"),
+    ("conv ranks", lambda: jw.conv_index((3, 2, 4), (8, 8, 2)), V, "(*window, in, out) and (*space, in)"),
+    ("conv of too little", lambda: jw.conv_index((3,), ()), V, "(*window, in, out) and (*space, in)"),
+    ("conv shape 3", lambda: jw.conv_index(3, (8, 1)), T, SHAPE),
+    ("conv floats", lambda: jw.conv_index((3.0, 1, 1), (8, 1)), T, INTEGER),
+    ("conv padding", lambda: jw.conv_index((3, 1, 1), (8, 1), padding="FULL"), V, '"SAME", "VALID" or'),
+    ("conv padding 1", lambda: jw.conv_index((3, 1, 1), (8, 1), padding=1), V, "(before, after) for each"),
+    ("conv padding [1]", lambda: jw.conv_index((3, 1, 1), (8, 1), padding=[1]), V, "(before, after) for each"),
+    ("conv paddings", lambda: jw.conv_index((3, 1, 1), (8, 1), padding=[(1, 1)] * 2), V, "each of 1 axes"),
+    ("conv padding .5", lambda: jw.conv_index((3, 1, 1), (8, 1), padding=[(0.5, 1)]), V, "must be integers"),
+    ("conv stride 0", lambda: jw.conv_index((3, 1, 1), (8, 1), strides=0), V, "strides must be at least 1"),
+    ("conv stride 1.5", lambda: jw.conv_index((3, 1, 1), (8, 1), strides=1.5), T, INTEGER),
+    ("conv strides", lambda: jw.conv_index((3, 1, 1), (8, 1), strides=(1, 1)), V, "or one per axis"),
+    ("conv too wide", lambda: jw.conv_index((9, 1, 1), (8, 1), padding="VALID"), V, "does not fit in (8,)"),
+    ("hash of 0", lambda: jw.hash_index((3,), 0), V, "n must be from 1 to"),
+    ("hash of 2.0", lambda: jw.hash_index((3,), 2.0), T, INTEGER),
+    ("hash shape", lambda: jw.hash_index(3, 2), T, SHAPE),
+    ("hash seed", lambda: jw.hash_index((3,), 2, seed="0"), T, INTEGER),
+    ("no such name", lambda: jw.keras, AttributeError, "module 'jaxweights' has no attribute 'keras'"),
+]
