@@ -1,6 +1,6 @@
 """The table of cases: every technique and variant, as the contract tests see it.
 
-A new technique or variant is one new line here; `test_contract.py` then holds it to the whole contract.
+A new technique or variant is one new line here; the tests in `contract` then hold it to the whole contract.
 """
 
 import dataclasses

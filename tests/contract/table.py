@@ -1,0 +1,36 @@
+"""What the contract tests share: the cases as parameters, weights, closeness, shardings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, TRANSFORMS
+from jax.sharding import NamedSharding, PartitionSpec
+
+ids = lambda cases: {"argvalues": cases, "ids": [c.name for c in cases]}
+
+
+every_case = pytest.mark.parametrize("case", **ids(CASES))
+
+
+every_transform = pytest.mark.parametrize("case", **ids(TRANSFORMS))
+
+
+EPS = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2, jnp.float16: 2e-3}
+
+
+def weight(case, dtype=jnp.float32, seed=0):
+    return jax.random.normal(jax.random.key(seed), case.shape).astype(dtype)
+
+
+def close(a, b, rtol, size=None):
+    """Equal up to `rtol` of each value and of the largest, or of `size`."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * (size or np.abs(b).max(initial=1e-30)))
+
+
+def sharding(mesh, shape):
+    """The last two axes over the mesh where it divides them, as model parallelism has it."""
+    names = [None] * (len(shape) - 2) + ["x", "y"][-len(shape) :]
+    spec = [n if n and d % mesh.shape[n] == 0 else None for n, d in zip(names, shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*spec))

@@ -1,0 +1,148 @@
+"""Every transform of `cases.py` at every level: one compilation, equal numbers, equal training."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import KEY, TRANSFORMS
+from contract.table import close, every_transform, ids, weight
+from flax import nnx
+
+import jaxweights as jw
+from jaxweights.lifts.paths import STATE
+
+
+@every_transform
+def test_equal_specs_compile_once(case):
+    chex.clear_trace_counter()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @chex.assert_max_traces(n=1)
+    def run(lifted, params, state):
+        return lifted.apply(params, lifted.update(params, state))
+
+    params = {"kernel": weight(case)}
+    for _ in range(2):
+        lifted = jw.on_tree(case.transform(), where="kernel")
+        run(lifted, params, lifted.init(params, KEY))
+    assert case.transform() == case.transform()
+
+
+@pytest.mark.parametrize("case", **ids([c for c in TRANSFORMS if c.idempotent]))
+def test_a_second_application_changes_nothing(case):
+    t, w = case.transform(), weight(case)
+    state = t.update(w, t.init(w, KEY))
+    once = t.apply(w, state)
+    close(t.apply(once, state), once, 2e-6)
+
+
+class LinenProbe(nn.Module):
+    """A module whose output is its kernel."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", nn.initializers.zeros, self.shape)
+
+
+class NnxProbe(nnx.Module):
+    """A module whose output is its kernel."""
+
+    def __init__(self, kernel):
+        self.kernel = nnx.Param(kernel)
+
+    def __call__(self):
+        return self.kernel[...]
+
+
+def linen_variables(w, state):
+    learned = {STATE: state.learned} if state.learned else {}
+    return {"params": {"kernel": w, **learned}} | ({STATE: state.fixed} if state.fixed else {})
+
+
+def nnx_model(t, w, state):
+    model = jw.nnx.transformed(NnxProbe(w), t, "kernel")
+    for stored, given in ((model.weight_transform.learned, state.learned), (model.weight_transform.fixed, state.fixed)):
+        for path, entry in given.items():
+            for name, value in entry.items():
+                stored[path][name][...] = value
+    return model
+
+
+@every_transform
+def test_the_levels_give_the_same_numbers(case):
+    t, w = case.transform(), weight(case)
+    params = {"kernel": w}
+    lifted = jw.on_tree(t, where="kernel")
+    state = lifted.init(params, jax.random.key(0))
+    moved = lifted.update(params, state)
+    expected = lifted.apply(params, moved)["kernel"]
+
+    flat = {n: a for part in state for n, a in part.get("kernel", {}).items()}
+    close(t.apply(w, t.update(w, flat)), expected, 1e-6)
+
+    tx = jw.project(t, where="kernel")
+    updates, opt_state = tx.update({"kernel": jnp.zeros_like(w)}, tx.init(params), params)
+    close(optax.apply_updates(params, updates)["kernel"], expected, 1e-6, size=np.abs(w).max())
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), opt_state.transform, moved)
+
+    model = jw.linen.Transformed(LinenProbe(case.shape), t, where="kernel")
+    output, new = model.apply(linen_variables(w, state), mutable=[STATE])
+    close(output, expected, 1e-6)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), dict(new.get(STATE, {})), moved.fixed)
+
+    close(nnx_model(t, w, state)(), expected, 1e-6)
+
+
+@every_transform
+def test_the_levels_train_alike(case):
+    t, w = case.transform(), weight(case)
+    target, rate = weight(case, seed=1), 0.1
+    lifted = jw.on_tree(t, where="kernel")
+    state = lifted.init({"kernel": w}, jax.random.key(0))
+    loss = lambda new: jnp.sum((new - target) ** 2)
+    move = lambda tree, grads: jax.tree.map(lambda p, g: p - rate * g, tree, grads)
+
+    params, learned, fixed = {"kernel": w}, state.learned, state.fixed
+    variables = linen_variables(w, state)
+    model = jw.linen.Transformed(LinenProbe(case.shape), t, where="kernel")
+    nnx_probe = nnx_model(t, w, state)
+
+    @jax.jit
+    def tree_step(params, learned, fixed):
+        moved = lifted.update(params, jw.TreeState(learned, fixed))
+        on = lambda p, s: loss(lifted.apply(p, jw.TreeState(s, moved.fixed))["kernel"])
+        grads = jax.grad(on, (0, 1))(params, learned)
+        return *move((params, learned), grads), moved.fixed
+
+    @jax.jit
+    def linen_step(variables):
+        def on(p):
+            new, moved = model.apply({**variables, "params": p}, mutable=[STATE])
+            return loss(new), moved
+
+        grads, moved = jax.grad(on, has_aux=True)(variables["params"])
+        return {**variables, **moved, "params": move(variables["params"], grads)}
+
+    @nnx.jit
+    def nnx_step(module):
+        grads = nnx.grad(lambda m: loss(m()))(module)
+        nnx.update(module, move(nnx.state(module, nnx.Param), grads))
+
+    for _ in range(4):
+        params, learned, fixed = tree_step(params, learned, fixed)
+        variables = linen_step(variables)
+        nnx_step(nnx_probe)
+    close(variables["params"]["kernel"], params["kernel"], 1e-5)
+    close(nnx_probe.kernel[...], params["kernel"], 1e-5)
+    assert not np.allclose(params["kernel"], w)
+    for path, entry in learned.items():
+        for name, value in entry.items():
+            close(variables["params"][STATE][path][name], value, 1e-5)
+            close(nnx_probe.weight_transform.learned[path][name][...], value, 1e-5)

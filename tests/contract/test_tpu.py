@@ -1,0 +1,31 @@
+"""Every technique and variant of `cases.py` compiles for a TPU.
+
+libtpu locks itself against a second process: all tests that need it are in this file.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract.table import every_case, sharding
+
+
+@pytest.fixture(scope="module")
+def tpu():
+    """Devices of a v5e slice to compile for; none need be there. libtpu locks itself: for this file alone."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install 'jaxweights[tpu-compile]' compiles for a TPU without one")
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+
+
+@every_case
+def test_it_compiles_for_a_tpu(case, tpu):
+    mesh = jax.sharding.Mesh(np.array(tpu).reshape(2, 2), ("x", "y"))
+    w = jax.ShapeDtypeStruct(case.shape, jnp.bfloat16, sharding=sharding(mesh, case.shape))
+    loss = lambda w: jnp.sum(case.call(w).astype(jnp.float32))
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(w).compile()
+    assert compiled.memory_analysis() is not None
