@@ -94,6 +94,8 @@ TRANSFORMS = [
     Case("simplex", lambda: jw.Simplex()),
     Case("simplex attention", lambda: jw.Simplex(2.0, jw.axes.ATTENTION_IN), shape=ATTENTION),
     Case("l1_ball", lambda: jw.L1Ball(5.0)),
+    Case("l1_sphere", lambda: jw.L1Sphere(5.0)),
+    Case("bound_sum", lambda: jw.BoundSum(-1.0, 1.0), shape=CONV),
     Case("l1_ball stack", lambda: jw.L1Ball(halving, stack_axes), shape=STACK),
     Case("around clip_weights", lambda: jw.Around(jw.ClipWeights(0.05))),
     Case("around clip_norm", lambda: jw.Around(jw.ClipNorm(halving)), shape=CONV),

@@ -11,7 +11,7 @@ import jaxweights as jw
 
 SCHEDULED = (
     *(jw.ClipWeights, jw.ClipNorm, jw.ClipRange, jw.ClipSingularValues),
-    *(jw.Simplex, jw.L1Ball, jw.Orthogonalize, jw.Sparsify, jw.Prune),
+    *(jw.Simplex, jw.L1Ball, jw.L1Sphere, jw.Orthogonalize, jw.Sparsify, jw.Prune),
 )
 NUMBERS = {
     "clip_weights": jw.clip_weights,
@@ -20,6 +20,8 @@ NUMBERS = {
     "bound_norm": lambda w, n: jw.bound_norm(w, n, n, rate=n),
     "project_simplex": jw.project_simplex,
     "project_l1_ball": jw.project_l1_ball,
+    "project_l1_sphere": jw.project_l1_sphere,
+    "bound_sum": lambda w, n: jw.bound_sum(w, -n, n),
     "clip_singular_values": jw.clip_singular_values,
     "orthogonalize": lambda w, n: jw.orthogonalize(w[:, :3], gain=n),
     "sparsify": jw.sparsify,

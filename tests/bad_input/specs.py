@@ -25,6 +25,8 @@ CASES = [
     ("BoundNorm swapped", lambda: jw.BoundNorm(1.0, 0.0), V, "swap them"),
     ("BoundNorm rate", lambda: jw.BoundNorm(1.0, 1.0, -1.0), V, "rate must be in [0, 1], got -1.0"),
     ("Simplex < 0", lambda: jw.Simplex(-1.0), V, "total must be at least 0"),
+    ("L1Sphere -1", lambda: jw.L1Sphere(-1.0), V, "radius must be at least 0"),
+    ("BoundSum range", lambda: jw.BoundSum(1.0, 0.0), V, "swap them"),
     ("L1Ball NaN", lambda: jw.L1Ball(math.nan), V, NAN),
     ("Around 3", lambda: jw.Around(3), T, "Around needs a jaxweights.Transform, got int"),
     ("Around a class", lambda: jw.Around(jw.ClipWeights), T, "make an instance, ClipWeights(...)"),

@@ -123,6 +123,37 @@ def test_unit_norm_of_huge_and_tiny_weights(size):
     assert jnp.isfinite(pull(jnp.full_like(w, 1e-4))[0]).all()
 
 
+# bound_sum
+
+
+@pytest.mark.parametrize(("shape", "axes", "over"), READINGS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (-np.inf, -0.3), (0.1, 0.7)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bound_sum(shape, axes, over, dtype, low, high, weighted):
+    w = jnp.asarray(normal(*shape), dtype)
+    a = jnp.asarray(normal(*shape, seed=1), dtype) if weighted else None
+    out = jw.bound_sum(w, low, high, normal=a, axes=axes)
+    assert out.dtype == dtype and out.shape == shape
+    exact, a = np.float64(w), np.float64(1.0 if a is None else a) + np.zeros(shape)
+    total = np.sum(a * exact, over, keepdims=True)
+    expected = exact + a * (np.clip(total, low, high) - total) / np.sum(a**2, over, keepdims=True)
+    np.testing.assert_allclose(np.float64(out), expected, rtol=0, atol=8 * float(jnp.finfo(dtype).eps))
+
+
+def test_bound_sum_at_the_edges():
+    w = jnp.array([[0.0, 0.5, jnp.nan, jnp.inf, 3.0], [0.0, -0.25, 1.0, 1.0, 1.0]])
+    out = jw.bound_sum(w, -1.0, 1.0)
+    np.testing.assert_array_equal(out[:, :2], w[:, :2])
+    assert jnp.isnan(out[0, 2]) and jnp.isnan(out[:, 3]).any()
+    np.testing.assert_array_equal(out[:, 4], [1.5, -0.5])
+    np.testing.assert_array_equal(jw.bound_sum(w[:, 3], 0.0), w[:, 3])  # the infinite sum is in range
+    np.testing.assert_array_equal(jw.bound_sum(w[:, 4], 9.0, normal=jnp.zeros(2)), w[:, 4])
+    with enable_x64(True):
+        w, low, high = jnp.asarray(normal(4, 30)), jnp.array(-1.0), jnp.array(1.0)
+        check_grads(jax.jit(jw.bound_sum), (w, low, high), order=1, rtol=1e-6)
+
+
 # The simplex and the L1 ball
 
 
@@ -131,7 +162,11 @@ def test_unit_norm_of_huge_and_tiny_weights(size):
 @pytest.mark.parametrize("size", [0.0, 0.5, 3])
 def test_simplex_and_l1_ball(shape, axes, over, dtype, size):
     w = jnp.asarray(normal(*shape), dtype)
-    for f, oracle in ((jw.project_simplex, simplex), (jw.project_l1_ball, l1_ball)):
+    for f, oracle in (
+        (jw.project_simplex, simplex),
+        (jw.project_l1_ball, l1_ball),
+        (jw.project_l1_sphere, lambda v, r: np.where(v < 0, -1, 1) * simplex(np.abs(v), r)),
+    ):
         out = f(w, size, axes=axes)
         assert out.dtype == dtype and out.shape == shape
         expected = per_unit(lambda v, oracle=oracle: oracle(v, size), w, over)
@@ -141,7 +176,7 @@ def test_simplex_and_l1_ball(shape, axes, over, dtype, size):
 @settings(deadline=None, max_examples=200)
 @given(vectors, st.floats(2**-20, 1e6, width=32))
 def test_simplex_of_any_vector(v, total):
-    out = np.float64(jw.project_simplex(jnp.asarray(v), total))
+    out = np.float64(jax.jit(jw.project_simplex)(v, np.float32(total)))
     assert (out >= 0).all()
     assert abs(out.sum() - total) <= 1e-6 * total * len(v)
     np.testing.assert_allclose(out, simplex(np.float64(v), total), atol=2e-6 * total)
@@ -150,7 +185,7 @@ def test_simplex_of_any_vector(v, total):
 @settings(deadline=None, max_examples=200)
 @given(vectors, st.floats(2**-20, 1e6, width=32))
 def test_l1_ball_of_any_vector(v, radius):
-    out = np.float64(jw.project_l1_ball(jnp.asarray(v), radius))
+    out = np.float64(jax.jit(jw.project_l1_ball)(v, np.float32(radius)))
     assert np.abs(out).sum() <= radius * (1 + 1e-6 * len(v))
     if np.abs(np.float64(v)).sum() <= radius * (1 - 1e-6):
         np.testing.assert_array_equal(out, v)
@@ -198,7 +233,7 @@ def test_simplex_of_wide_ranges(n, vector):
 def test_gradients():
     with enable_x64(True):
         w, size = jnp.asarray(normal(8, 5)), jnp.array(2.0)
-        for f in (jw.project_simplex, jw.project_l1_ball):
+        for f in (jw.project_simplex, jw.project_l1_ball, jw.project_l1_sphere):
             assert 0 < (f(w, size) == 0).sum() < w.size
             check_grads(jax.jit(f), (w, size), order=1, rtol=1e-6)
             check_grads(lambda w, size, f=f: jax.vmap(lambda v: f(v, size))(w.T), (w, size), order=1, rtol=1e-6)
@@ -220,6 +255,8 @@ def test_transforms_follow_their_schedules():
         (lambda s: jw.BoundNorm(0.5, s), lambda n: jw.bound_norm(w, 0.5, n)),
         (jw.Simplex, lambda n: jw.project_simplex(w, n)),
         (jw.L1Ball, lambda n: jw.project_l1_ball(w, n)),
+        (jw.L1Sphere, lambda n: jw.project_l1_sphere(w, n)),
+        (lambda s: jw.BoundSum(-3.0, s), lambda n: jw.bound_sum(w, -3.0, n)),
     ):
         t = make(growing)
         state = t.init(w, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Projections to the simplex and to the L1 ball, without a sort."""
+"""Projections to the simplex, and to the L1 ball and sphere, without a sort."""
 
 from __future__ import annotations
 
@@ -78,6 +78,26 @@ def project_l1_ball(w: jax.Array, radius: Number, *, axes: Axes | None = None) -
     return jnp.where(outside, jnp.sign(x) * _simplex(jnp.abs(x), radius, over), x).astype(w.dtype)
 
 
+def project_l1_sphere(w: jax.Array, radius: Number, *, axes: Axes | None = None) -> jax.Array:
+    """The nearest weights with Σ|w'| = radius, for each output unit: those within the ball grow.
+
+    w' = sign(w) · max(|w| − τ, 0), with τ, negative where Σ|w| < radius, such that Σ|w'| = radius. A zero counts as
+    positive. Arguments and errors as `project_l1_ball`.
+
+    >>> import jax.numpy as jnp
+    >>> print(project_l1_sphere(jnp.array([[0.75, 0.5], [-0.5, 0.25]]), 1.0))
+    [[ 0.625  0.625]
+     [-0.375  0.375]]
+
+    References: Duchi et al., ICML 2008.
+    """
+    w = check_weight(w)
+    check_scalar("radius", radius, 0)
+    over = Reading.of(axes, w.shape).contracted
+    x = w.astype(wide(w.dtype))
+    return (jnp.where(x < 0, -1, 1) * _simplex(jnp.abs(x), radius, over)).astype(w.dtype)
+
+
 def _simplex(w: jax.Array, total: Number, over: tuple[int, ...]) -> jax.Array:
     """The projection over the axes `over`, in float32 or wider."""
     x = w.astype(wide(w.dtype))
@@ -144,3 +164,23 @@ class L1Ball(Transform):
     def apply(self, w, state):
         """`project_l1_ball(w, radius)`."""
         return project_l1_ball(w, self.value("radius", state), axes=self.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class L1Sphere(Transform):
+    """The nearest weights with Σ|w| = `radius` in each output unit. State: none, but for a schedule.
+
+    >>> import jax.numpy as jnp
+    >>> print(L1Sphere(1.0).apply(jnp.array([0.25, -0.5]), {}))
+    [ 0.375 -0.625]
+    """
+
+    radius: Scalar
+    axes: Axes | None = None
+
+    def __post_init__(self):
+        check_scalar("radius", self.radius, 0, schedule=True)
+
+    def apply(self, w, state):
+        """`project_l1_sphere(w, radius)`."""
+        return project_l1_sphere(w, self.value("radius", state), axes=self.axes)

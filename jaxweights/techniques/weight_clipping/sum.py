@@ -1,0 +1,98 @@
+"""Projection to a slab: a weighted sum of each output unit's weights in a range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.axes import Axes, Reading
+from jaxweights.checks import check_order, check_scalar, check_weight
+from jaxweights.numerics import safe_divide, wide
+from jaxweights.transform import Number, Scalar, Transform
+
+
+def bound_sum(
+    w: jax.Array,
+    low: Number = -math.inf,
+    high: Number = math.inf,
+    *,
+    normal: jax.Array | None = None,
+    axes: Axes | None = None,
+) -> jax.Array:
+    """The nearest weights with aᵀw in [low, high], for each output unit: a half-space, a slab, a hyperplane.
+
+    w' = w + a·(clip(aᵀw, low, high) − aᵀw)/aᵀa, the products over all that one output unit sums over.
+    `bound_sum(w, 0.0, 0.0)` takes the mean of each unit away.
+
+    Args:
+      w: float array of any shape.
+      low: the least sum, a number or a scalar array.
+      high: the greatest sum, likewise. Where an array `high` is less than `low`, the sum becomes `high`.
+      normal: a, float array that broadcasts to `w`; 1 by default, which makes aᵀw the sum.
+      axes: how `w` is read as a matrix; (..., in, out) by default.
+
+    Returns:
+      Array of the shape and dtype of `w`, its sums in range up to the rounding of its entries, which stay in the
+      range of the dtype. Units whose sum is in range are kept bit for bit, and so are those whose a is 0; a NaN or
+      infinite weight makes its unit NaN, unless an infinite sum is in range.
+
+    Raises:
+      TypeError: `w` or `normal` is not a float array, or `low` or `high` not a number.
+      ValueError: `low` or `high` is NaN, `low` greater than `high`, or `normal` or `axes` does not fit `w`.
+
+    >>> import jax.numpy as jnp
+    >>> print(bound_sum(jnp.array([[3.0, 0.25], [2.0, 0.5]]), high=1.0))
+    [[1.   0.25]
+     [0.   0.5 ]]
+
+    References: Bauschke and Combettes, Convex Analysis and Monotone Operator Theory in Hilbert Spaces, 2011, examples
+    29.18 and 29.20.
+    """
+    w = check_weight(w)
+    check_scalar("low", low)
+    check_scalar("high", high)
+    check_order("low", low, "high", high)
+    over = Reading.of(axes, w.shape).contracted
+    x = w.astype(wide(w.dtype))
+    a = jnp.ones((), x.dtype) if normal is None else check_weight(normal, "normal").astype(x.dtype)
+    try:
+        a = jnp.broadcast_to(a, w.shape)
+    except ValueError as e:
+        raise ValueError(f"normal must broadcast to w {w.shape}, got shape {a.shape}: add axes with [..., None]") from e
+    low, high = (jnp.asarray(limit, x.dtype) for limit in (low, high))
+    total = jnp.sum(a * x, over, keepdims=True)
+    nearest = jnp.where(total > high, high, jnp.where(total < low, low, total))
+    size = jnp.sum(jnp.square(a), over, keepdims=True)
+    # Where nothing is to do, inf − inf is not taken.
+    kept = (nearest == total) | (size == 0)
+    gap = jnp.where(kept, 0, nearest - total)
+    most = float(jnp.finfo(w.dtype).max)
+    return jnp.where(kept, x, jnp.clip(x + a * safe_divide(gap, size), -most, most)).astype(w.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundSum(Transform):
+    """Brings the sum of each output unit's weights into [low, high]; `BoundSum(0.0, 0.0)` centres them.
+
+    State: none, unless `low` or `high` is a schedule.
+
+    >>> import jax.numpy as jnp
+    >>> print(BoundSum(0.0, 0.0).apply(jnp.array([3.0, 1.0]), {}))
+    [ 1. -1.]
+    """
+
+    low: Scalar = -math.inf
+    high: Scalar = math.inf
+    axes: Axes | None = None
+
+    def __post_init__(self):
+        check_scalar("low", self.low, schedule=True)
+        check_scalar("high", self.high, schedule=True)
+        check_order("low", self.low, "high", self.high)
+
+    def apply(self, w, state):
+        """`bound_sum(w, low, high)`."""
+        return bound_sum(w, self.value("low", state), self.value("high", state), axes=self.axes)
