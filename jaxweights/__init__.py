@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from jaxweights import axes
 from jaxweights.axes import Axes, fans
+from jaxweights.calibration import InputStats
+from jaxweights.lifts.capture import capture
 from jaxweights.lifts.fold_batch_norm import fold_batch_norms
 from jaxweights.lifts.optax import add_weight_decay, project
 from jaxweights.lifts.rewrite import reinitialize, tie
@@ -82,6 +84,7 @@ __all__ = [
     "ClipSingularValues",
     "ClipWeights",
     "FakeQuantize",
+    "InputStats",
     "L1Ball",
     "L1Sphere",
     "Orthogonalize",
@@ -102,6 +105,7 @@ __all__ = [
     "batch_stats",
     "bound_norm",
     "bound_sum",
+    "capture",
     "clip_norm",
     "clip_range",
     "clip_singular_values",

@@ -61,6 +61,10 @@ def redraw(rules, params=PARAMS):
     return jw.reinitialize(params, KEY, rules)
 
 
+def fed(batches, where=None):
+    return jw.capture(lambda params, x: x @ params["encoder"]["kernel"], PARAMS, batches, where)
+
+
 def drawing(shape=None, dtype=None):
     return {"**/kernel": lambda _, old_shape, old_dtype: jnp.zeros(shape or old_shape, dtype or old_dtype)}
 

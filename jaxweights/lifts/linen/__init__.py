@@ -1,7 +1,8 @@
-"""The Linen level: any module with its weights transformed, and the norms as modules."""
+"""The Linen level: any module with its weights transformed, the norms as modules, and what layers are fed."""
 
 from jaxweights.lifts.linen.batch_norm import BatchNorm
+from jaxweights.lifts.linen.capture import capture
 from jaxweights.lifts.linen.layer_norm import LayerNorm
 from jaxweights.lifts.linen.transformed import Transformed, fold
 
-__all__ = ["BatchNorm", "LayerNorm", "Transformed", "fold"]
+__all__ = ["BatchNorm", "LayerNorm", "Transformed", "capture", "fold"]

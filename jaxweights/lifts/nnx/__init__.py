@@ -1,8 +1,9 @@
-"""The NNX level: any module with its weights transformed, and the norms as modules."""
+"""The NNX level: any module with its weights transformed, the norms as modules, and what layers are fed."""
 
 from jaxweights.lifts.nnx.batch_norm import BatchNorm
+from jaxweights.lifts.nnx.capture import capture
 from jaxweights.lifts.nnx.fold_batch_norm import fold_batch_norms
 from jaxweights.lifts.nnx.layer_norm import LayerNorm
 from jaxweights.lifts.nnx.transformed import TransformVariable, fold, transformed
 
-__all__ = ["BatchNorm", "LayerNorm", "TransformVariable", "fold", "fold_batch_norms", "transformed"]
+__all__ = ["BatchNorm", "LayerNorm", "TransformVariable", "capture", "fold", "fold_batch_norms", "transformed"]
