@@ -15,6 +15,7 @@ from jaxweights.lifts.fold_batch_norm import fold_batch_norms
 from jaxweights.lifts.optax import add_weight_decay, project
 from jaxweights.lifts.rewrite import reinitialize, tie
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
+from jaxweights.techniques import initialization as initializers
 from jaxweights.techniques.batch_norm import (
     batch_norm,
     batch_renorm,
@@ -121,6 +122,7 @@ __all__ = [
     "hash_index",
     "he_normal",
     "he_uniform",
+    "initializers",
     "instance_norm",
     "layer_norm",
     "lecun_normal",

@@ -82,6 +82,18 @@ class Axes:
         columns = math.prod(w.shape[a] for a in r.output)
         return jnp.transpose(w, (*r.batch, *r.contracted, *r.output)).reshape(*batch, rows, columns)
 
+    def weight(self, matrix: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """The weight of this shape that is read as `matrix`: the inverse of the method of that name.
+
+        >>> w = jnp.arange(24.0).reshape(2, 3, 4)
+        >>> bool((ATTENTION_IN.weight(ATTENTION_IN.matrix(w), w.shape) == w).all())
+        True
+        """
+        split, r = Reading.of(self, shape).ungroup(shape)
+        order = (*r.batch, *r.contracted, *r.output)
+        inverse = [order.index(a) for a in range(len(order))]
+        return matrix.reshape([split[a] for a in order]).transpose(inverse).reshape(shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
@@ -142,12 +154,17 @@ class Reading:
 
     def split_groups(self, w: jax.Array) -> tuple[jax.Array, Reading]:
         """`w` with its output axis split in (groups, units per group), the groups read as batch."""
+        shape, r = self.ungroup(w.shape)
+        return (w, self) if r is self else (w.reshape(shape), r)
+
+    def ungroup(self, shape: Sequence[int]) -> tuple[tuple[int, ...], Reading]:
+        """The shape that `split_groups` gives a weight of this shape, and its reading."""
         if self.groups == 1:
-            return w, self
+            return tuple(shape), self
         (o,) = self.output
-        shape = (*w.shape[:o], self.groups, w.shape[o] // self.groups, *w.shape[o + 1 :])
         shift = lambda axes: tuple(a + (a > o) for a in axes)
-        return w.reshape(shape), Reading(shift(self.input), (o + 1,), (*shift(self.batch), o), shift(self.window))
+        split = (*shape[:o], self.groups, shape[o] // self.groups, *shape[o + 1 :])
+        return split, Reading(shift(self.input), (o + 1,), (*shift(self.batch), o), shift(self.window))
 
 
 def default_axes(ndim: int) -> Axes:

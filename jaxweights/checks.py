@@ -77,6 +77,19 @@ def check_shape(name: str, shape) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def check_dtype(dtype) -> jnp.dtype:
+    """`dtype` as a dtype, or an error unless it is a real floating one."""
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a real floating dtype, got {dtype}: use jnp.float32")
+    return jnp.dtype(dtype)
+
+
+def check_choice(name: str, value, choices: Sequence[str]) -> None:
+    """Raises unless `value` is one of the strings."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def check_mask(where, shape: tuple[int, ...]) -> jax.Array:
     """`where` as a boolean array that broadcasts to `shape`, or an error."""
     kind = getattr(where, "dtype", type(where))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -33,6 +34,11 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
 def is_weight(leaf: Any) -> bool:
     """Whether a leaf is an array of a real floating dtype."""
     return isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def key_of(key: jax.Array, path: str) -> jax.Array:
+    """`key` folded with a hash of the path: it stays the same when other weights join or leave the tree."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def select(

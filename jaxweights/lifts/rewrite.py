@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import infer_axes
-from jaxweights.lifts.paths import flatten, is_weight, select
+from jaxweights.lifts.paths import flatten, is_weight, key_of, select
 from jaxweights.techniques.initialization import Initializer
 
 
@@ -61,10 +61,12 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
 
     Args:
       params: any pytree.
-      key: a `jax.random` key; each weight draws from it, folded with the position of its leaf.
+      key: a `jax.random` key; each weight draws from it, folded with a hash of its path, so that what it draws does not
+        change with the rest of the tree.
       rules: {glob: initializer} of which the first that matches is taken; an initializer is
-        `(key, shape, dtype) -> array`, ours or JAX's. One that takes `axes` is given those that follow from
-        the tree (attention, stacks). Weights that no rule matches are kept.
+        `(key, shape, dtype) -> array`, ours or JAX's. One that takes `axes`, and has not got them by
+        `functools.partial`, is given those that follow from the tree (attention, stacks). Weights that no rule matches
+        are kept.
 
     Returns:
       A tree like `params`.
@@ -89,7 +91,7 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
         old = leaves[i]
         options = {"axes": inferred[paths[i]]} if paths[i] in inferred and _takes_axes(initializer) else {}
         try:
-            new = initializer(jax.random.fold_in(key, i), old.shape, old.dtype, **options)
+            new = initializer(key_of(key, paths[i]), old.shape, old.dtype, **options)
         except (TypeError, ValueError) as e:
             if type(e) not in (TypeError, ValueError):
                 raise

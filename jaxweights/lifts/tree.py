@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxweights.axes import infer_axes
-from jaxweights.lifts.paths import Where, check_structure, flatten, is_weight, naming, select
+from jaxweights.lifts.paths import Where, check_structure, flatten, is_weight, key_of, naming, select
 from jaxweights.transform import State, Transform, check_transform
 
 
@@ -38,7 +37,7 @@ class TreeTransform:
         """The state for every selected weight. Each draws from `key` folded with a hash of its path."""
         paths, leaves, _ = flatten(params)
         chosen = self._chosen(paths, leaves)
-        keys = {i: jax.random.fold_in(key, zlib.crc32(paths[i].encode())) for i in chosen}
+        keys = {i: key_of(key, paths[i]) for i in chosen}
         new = _by_shape({i: (t, (leaves[i], keys[i])) for i, t in chosen.items()}, paths, lambda t, w, k: t.init(w, k))
         learned, fixed = {}, {}
         for i, state in new.items():

@@ -1,0 +1,55 @@
+"""Initializers that draw nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.checks import check_dtype, check_scalar, check_shape
+from jaxweights.transform import Number
+
+
+def constant(key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, value: Number) -> jax.Array:
+    """The same number everywhere.
+
+    Args:
+      key: not used.
+      shape: shape of the weight.
+      dtype: floating dtype.
+      value: the number.
+
+    Returns:
+      Array of the given shape and dtype.
+
+    Raises:
+      TypeError: `dtype` is not a real floating dtype, or `value` no number.
+
+    >>> import jax
+    >>> print(constant(jax.random.key(0), (3,), value=0.5))
+    [0.5 0.5 0.5]
+    """
+    del key
+    check_scalar("value", value)
+    return jnp.full(check_shape("shape", shape), value, check_dtype(dtype))
+
+
+def zeros(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
+    """0 everywhere: biases, and the last layer of a residual branch. Arguments as `constant`.
+
+    >>> import jax
+    >>> print(zeros(jax.random.key(0), (3,)))
+    [0. 0. 0.]
+    """
+    return constant(key, shape, dtype, value=0)
+
+
+def ones(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
+    """1 everywhere: the scale of a norm. Arguments as `constant`.
+
+    >>> import jax
+    >>> print(ones(jax.random.key(0), (3,)))
+    [1. 1. 1.]
+    """
+    return constant(key, shape, dtype, value=1)

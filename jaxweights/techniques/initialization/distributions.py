@@ -1,0 +1,120 @@
+"""Draws from a distribution whose scale does not depend on the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.checks import check_dtype, check_order, check_scalar, check_shape
+from jaxweights.numerics import wide
+from jaxweights.transform import Number
+
+
+def normal(
+    key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, mean: Number = 0.0, std: Number = 1.0
+) -> jax.Array:
+    """Normal distribution N(mean, std²).
+
+    Args:
+      key: a `jax.random` key.
+      shape: shape of the weight.
+      dtype: floating dtype. 16 bits are rounded from a draw in float32.
+      mean: μ.
+      std: σ >= 0. 1 as in torch; JAX's own has 0.01.
+
+    Returns:
+      Array of the given shape and dtype.
+
+    Raises:
+      TypeError: `dtype` is not a real floating dtype, or a parameter no number.
+      ValueError: `std` is negative.
+
+    >>> import jax
+    >>> print(f"{normal(jax.random.key(0), (300, 300), std=0.02).std():.3f}")
+    0.020
+    """
+    check_scalar("mean", mean)
+    check_scalar("std", std, 0)
+    dtype = check_dtype(dtype)
+    draw = jax.random.normal(key, check_shape("shape", shape), wide(dtype))
+    return (mean + std * draw).astype(dtype)
+
+
+def truncated_normal(
+    key: jax.Array,
+    shape: Sequence[int],
+    dtype=jnp.float32,
+    *,
+    mean: Number = 0.0,
+    std: Number = 1.0,
+    low: Number = -2.0,
+    high: Number = 2.0,
+) -> jax.Array:
+    """Normal distribution N(mean, std²) without its tails: mean + std·z, low <= z <= high.
+
+    `std` is that of the distribution before the cut, as in JAX and torch: at ±2 that of the draws is 0.8796·std. (The
+    `truncated=True` of `xavier_normal`, `he_normal` and `lecun_normal` widens the distribution, so that theirs stays.)
+    torch's `trunc_normal_(mean, std, a, b)` cuts at absolute values: low = (a − mean)/std, high = (b − mean)/std.
+
+    Args:
+      key: a `jax.random` key.
+      shape: shape of the weight.
+      dtype: floating dtype. 16 bits are rounded from a draw in float32.
+      mean: μ.
+      std: σ >= 0.
+      low: where the distribution is cut below, in standard deviations from the mean.
+      high: where it is cut above.
+
+    Returns:
+      Array of the given shape and dtype.
+
+    Raises:
+      TypeError: `dtype` is not a real floating dtype, or a parameter no number.
+      ValueError: `std` is negative, or `low` above `high`.
+
+    >>> import jax
+    >>> w = truncated_normal(jax.random.key(0), (300, 300), std=0.02)
+    >>> print(f"{w.std():.4f} {abs(w).max():.4f}")
+    0.0176 0.0400
+    """
+    check_scalar("mean", mean)
+    check_scalar("std", std, 0)
+    check_scalar("low", low)
+    check_scalar("high", high)
+    check_order("low", low, "high", high)
+    dtype = check_dtype(dtype)
+    draw = jax.random.truncated_normal(key, low, high, check_shape("shape", shape), wide(dtype))
+    return (mean + std * draw).astype(dtype)
+
+
+def uniform(
+    key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, low: Number = 0.0, high: Number = 1.0
+) -> jax.Array:
+    """Uniform distribution U(low, high).
+
+    Args:
+      key: a `jax.random` key.
+      shape: shape of the weight.
+      dtype: floating dtype. 16 bits are rounded from a draw in float32.
+      low: the smallest value.
+      high: the supremum; 1 as in torch. JAX's own draws from U(0, 0.01).
+
+    Returns:
+      Array of the given shape and dtype.
+
+    Raises:
+      TypeError: `dtype` is not a real floating dtype, or a parameter no number.
+      ValueError: `low` is above `high`.
+
+    >>> import jax
+    >>> w = uniform(jax.random.key(0), (300, 300), low=-0.1, high=0.1)
+    >>> print(f"{w.min():.3f} {w.max():.3f}")
+    -0.100 0.100
+    """
+    check_scalar("low", low)
+    check_scalar("high", high)
+    check_order("low", low, "high", high)
+    dtype = check_dtype(dtype)
+    return jax.random.uniform(key, check_shape("shape", shape), wide(dtype), low, high).astype(dtype)
