@@ -12,7 +12,8 @@ from jaxweights.axes import Axes, fans
 from jaxweights.calibration import InputStats
 from jaxweights.lifts.capture import capture
 from jaxweights.lifts.fold_batch_norm import fold_batch_norms
-from jaxweights.lifts.optax import add_weight_decay, project
+from jaxweights.lifts.mup import mup_init
+from jaxweights.lifts.optax import add_weight_decay, project, scale_by_mup
 from jaxweights.lifts.rewrite import reinitialize, tie
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
 from jaxweights.techniques import initialization as initializers
@@ -131,6 +132,7 @@ __all__ = [
     "magnitude_mask",
     "matmul",
     "merge_stats",
+    "mup_init",
     "nnx",
     "on_tree",
     "orthogonalize",
@@ -142,6 +144,7 @@ __all__ = [
     "reinitialize",
     "rms_norm",
     "running_stats",
+    "scale_by_mup",
     "share",
     "sparsify",
     "spectral_norm",

@@ -59,8 +59,8 @@ def mup(shape: Sequence[int], base_shape: Sequence[int], *, axes: Axes | None = 
     batch, base_batch = ([s[a] for a in Reading.of(axes, s).batch] for s in (shape, base_shape))
     if batch != base_batch:
         raise ValueError(
-            f"shape {tuple(shape)} and base_shape {tuple(base_shape)} differ in a batch axis: muP scales widths, so give "
-            f"the base as many layers"
+            f"shape {tuple(shape)} and base_shape {tuple(base_shape)} differ in a batch axis: muP scales widths, so "
+            f"give the base as many layers"
         )
     if 0 in (n_in, n_out, base_in, base_out):
         raise ValueError(

@@ -43,8 +43,8 @@ def variance_scaling(
     Xavier's, He's and LeCun's are cases of it: `xavier_normal`, `he_normal`, `lecun_normal`.
 
     The fans are those of `jaxweights.fans`. A kernel (*window, 1, out) has n_in = Πwindow, in a depthwise convolution
-    too. Its n_out, which Xavier's and "fan_out" use, is out·Πwindow, but out/groups·Πwindow in a depthwise one. Its shape
-    does not tell which it is: there, pass `axes=jaxweights.axes.depthwise(groups)`.
+    too. Its n_out, which Xavier's and "fan_out" use, is out·Πwindow, but out/groups·Πwindow in a depthwise one. Its
+    shape does not tell which it is: there, pass `axes=jaxweights.axes.depthwise(groups)`.
 
     Args:
       key: a `jax.random` key.

@@ -1,0 +1,235 @@
+"""Random initializers: the moments of a million draws against the distribution's own, within six standard errors."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from x64 import enable_x64
+
+import jaxweights as jw
+from jaxweights.axes import ATTENTION_IN, Axes, depthwise
+
+init = jw.initializers
+SHAPE = (800, 1250)  # a million draws
+N_IN, N_OUT = SHAPE
+MEAN = {
+    "fan_in": N_IN,
+    "fan_out": N_OUT,
+    "fan_avg": (N_IN + N_OUT) / 2,
+    "fan_geo_avg": math.sqrt(N_IN * N_OUT),
+}
+
+
+def normal(k):
+    """E[zᵏ] of a standard normal variable."""
+    return 0 if k % 2 else math.prod(range(1, k, 2))
+
+
+def uniform(low, high):
+    """k -> E[zᵏ] of a variable that is uniform on [low, high]."""
+    return lambda k: (high ** (k + 1) - low ** (k + 1)) / ((k + 1) * (high - low))
+
+
+def cut(low, high):
+    """k -> E[zᵏ] of a standard normal variable cut at low and high, by parts."""
+    density = lambda x: math.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+    mass = (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
+
+    def moment(k):
+        if k < 1:
+            return 1 + k  # E[z⁰] = 1, and the term of E[z⁻¹] is 0
+        return (k - 1) * moment(k - 2) - (high ** (k - 1) * density(high) - low ** (k - 1) * density(low)) / mass
+
+    return moment
+
+
+UNIT = uniform(-math.sqrt(3), math.sqrt(3))
+CUT = 0.87962566103423978  # standard deviation of a normal distribution cut at ±2
+# name: (initializer, mean, std, E[zᵏ] of z = (w − mean)/std, bounds of z)
+DRAWS = {
+    "normal": (functools.partial(init.normal, mean=0.5, std=2.0), 0.5, 2.0, normal, None),
+    "uniform": (functools.partial(init.uniform, low=-1.0, high=3.0), 1.0, 2 / math.sqrt(3), UNIT, math.sqrt(3)),
+    "truncated_normal": (functools.partial(init.truncated_normal, std=0.02), 0.0, 0.02, cut(-2, 2), 2),
+    "truncated_normal on one side": (
+        functools.partial(init.truncated_normal, mean=1.0, std=3.0, low=-0.5, high=2.5),
+        1.0,
+        3.0,
+        cut(-0.5, 2.5),
+        (-0.5, 2.5),
+    ),
+}
+for mode, n in MEAN.items():
+    scaled = functools.partial(init.variance_scaling, scale=3.0, mode=mode)
+    DRAWS[f"variance_scaling {mode}"] = (scaled, 0.0, math.sqrt(3 / n), normal, None)
+    DRAWS[f"he_normal {mode}"] = (functools.partial(init.he_normal, mode=mode), 0.0, math.sqrt(2 / n), normal, None)
+for name, std in {
+    "xavier": math.sqrt(1 / MEAN["fan_avg"]),
+    "he": math.sqrt(2 / N_IN),
+    "lecun": math.sqrt(1 / N_IN),
+}.items():
+    drawn, flat = getattr(jw, f"{name}_normal"), getattr(jw, f"{name}_uniform")
+    DRAWS[f"{name}_normal"] = (drawn, 0.0, std, normal, None)
+    DRAWS[f"{name}_normal truncated"] = (functools.partial(drawn, truncated=True), 0.0, std / CUT, cut(-2, 2), 2)
+    DRAWS[f"{name}_uniform"] = (flat, 0.0, std, UNIT, math.sqrt(3))
+DRAWS |= {
+    "xavier_normal gain": (functools.partial(jw.xavier_normal, gain=2.0), 0.0, 2 / math.sqrt(1025), normal, None),
+    "xavier_uniform gain": (
+        functools.partial(jw.xavier_uniform, gain=2.0),
+        0.0,
+        2 / math.sqrt(1025),
+        UNIT,
+        math.sqrt(3),
+    ),
+    "he_uniform leaky": (
+        functools.partial(jw.he_uniform, negative_slope=0.5, mode="fan_out"),
+        0.0,
+        math.sqrt(2 / 1.25 / N_OUT),
+        UNIT,
+        math.sqrt(3),
+    ),
+    "fixup": (
+        functools.partial(init.fixup, n_branches=16, n_layers=3),
+        0.0,
+        math.sqrt(2 / N_IN) * 16 ** (-1 / 4),
+        normal,
+        None,
+    ),
+}
+
+
+def draw(initializer, shape=SHAPE, **options):
+    return np.float64(jax.jit(lambda key: initializer(key, shape, **options))(jax.random.key(7)))
+
+
+def check_moments(z, moment):
+    """Mean, variance, skewness and kurtosis within six standard errors; `moment(k)` is E[zᵏ]."""
+    for k in range(1, 5):
+        error = math.sqrt((moment(2 * k) - moment(k) ** 2) / z.size)
+        assert abs((z**k).mean() - moment(k)) < 6 * error, k
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_moments_and_limits_of_a_million_draws(name):
+    initializer, mean, std, moment, bounds = DRAWS[name]
+    z = (draw(initializer) - mean) / std
+    check_moments(z, moment)
+    if bounds is None:
+        assert np.abs(z).max() > 4  # no tail is cut
+        return
+    low, high = bounds if isinstance(bounds, tuple) else (-bounds, bounds)
+    slack = 1e-3 * (high - low)
+    assert low - 1e-6 * abs(low) <= z.min() < low + slack
+    assert high - slack < z.max() <= high * (1 + 1e-6)
+
+
+def test_the_constant_of_the_truncation():
+    assert math.sqrt(cut(-2, 2)(2)) == pytest.approx(CUT, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "n_in", "n_out"),
+    [
+        ((3, 3, 4, 8), None, 36, 72),
+        ((3, 3, 1, 32), None, 9, 288),
+        ((3, 3, 1, 32), depthwise(32), 9, 9),
+        ((3, 3, 4, 8), depthwise(2), 36, 36),
+        ((9, 4, 8), ATTENTION_IN, 9, 32),
+        ((9, 4, 8), Axes(batch=0), 4, 8),
+        ((9, 4, 8), Axes(input=1, output=0, batch=2), 4, 9),
+        ((288,), None, 288, 1),
+    ],
+)
+def test_fans_follow_the_axes(shape, axes, n_in, n_out):
+    key = jax.random.key(7)
+    unit = init.normal(key, shape)  # the same draw
+    for initializer, variance in (
+        (jw.xavier_normal, 2 / (n_in + n_out)),
+        (functools.partial(jw.he_normal, mode="fan_out"), 2 / n_out),
+        (jw.lecun_normal, 1 / n_in),
+    ):
+        np.testing.assert_allclose(initializer(key, shape, axes=axes), unit * math.sqrt(variance), rtol=1e-6)
+
+
+ONE_OF_EACH = {
+    "zeros": init.zeros,
+    "ones": init.ones,
+    "constant": functools.partial(init.constant, value=0.3),
+    "normal": init.normal,
+    "uniform": init.uniform,
+    "truncated_normal": init.truncated_normal,
+    "variance_scaling": init.variance_scaling,
+    "he_uniform": init.he_uniform,
+    "orthogonal": init.orthogonal,
+    "delta_orthogonal": init.delta_orthogonal,
+    "identity": init.identity,
+    "dirac": init.dirac,
+    "sparse": functools.partial(init.sparse, sparsity=0.5),
+    "fixup": functools.partial(init.fixup, n_branches=4, n_layers=2),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_half_precision_rounds_the_float32_draw(name, dtype):
+    make = lambda dtype: ONE_OF_EACH[name](jax.random.key(0), (20, 30), dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        assert make(dtype).dtype == dtype
+    np.testing.assert_array_equal(make(dtype), make(jnp.float32).astype(dtype))
+
+
+@pytest.mark.parametrize("name", ["normal", "uniform", "truncated_normal", "he_uniform", "orthogonal"])
+def test_float64(name):
+    with enable_x64(True):
+        w = ONE_OF_EACH[name](jax.random.key(0), (20, 30), jnp.float64)
+        assert w.dtype == jnp.float64 and (w != w.astype(jnp.float32)).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("constant", {"value": 0.5}),
+        ("normal", {"mean": 0.5, "std": 0.5}),
+        ("truncated_normal", {"mean": 0.5, "std": 0.5, "low": -1.0, "high": 1.0}),
+        ("uniform", {"low": -0.5, "high": 0.5}),
+        ("variance_scaling", {"scale": 0.5}),
+        ("xavier_normal", {"gain": 0.5}),
+        ("he_normal", {"negative_slope": 0.5}),
+        ("orthogonal", {"gain": 0.5}),
+        ("dirac", {"gain": 0.5}),
+        ("sparse", {"sparsity": 0.5, "std": 0.5}),
+    ],
+)
+def test_parameters_may_be_traced(name, options):
+    f = lambda options: getattr(init, name)(jax.random.key(0), (6, 8), **options)
+    np.testing.assert_allclose(jax.jit(f)(options), f(options), rtol=1e-6, atol=1e-7)
+
+
+# Gains
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [
+        (jax.nn.relu, math.sqrt(2)),
+        (lambda x: jax.nn.leaky_relu(x, 0.2), math.sqrt(2 / 1.04)),
+        (lambda x: x, 1),
+        (lambda x: x**2, 1 / math.sqrt(3)),
+        (jnp.cos, 1 / math.sqrt((1 + math.exp(-2)) / 2)),
+        (jax.nn.selu, 1),
+    ],
+)
+def test_gain_of_a_function(activation, expected):
+    assert init.gain(activation) == pytest.approx(expected, rel=1e-6)
+    assert jax.jit(lambda: init.gain(activation))() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gain_keeps_the_size_of_activations():
+    n = 400
+    gain = init.gain(jnp.tanh)
+    z = jax.random.normal(jax.random.key(0), (n, n))
+    for key in jax.random.split(jax.random.key(1), 5):
+        z = jnp.tanh(z) @ (gain * jw.lecun_normal(key, (n, n)))
+    assert jnp.mean(z**2) == pytest.approx(1, abs=0.05)
