@@ -136,6 +136,12 @@ FUNCTIONS = [
     Case("weight_normalize", function=jw.weight_normalize),
     Case("he_normal", function=lambda w: w + jw.he_normal(KEY, w.shape, w.dtype)),
     Case("xavier_uniform", function=lambda w: w + jw.xavier_uniform(KEY, w.shape, w.dtype)),
+    Case(
+        "orthogonal attention",
+        function=lambda w: w + jw.initializers.orthogonal(KEY, w.shape, w.dtype, axes=jw.axes.ATTENTION_IN),
+        shape=ATTENTION,
+    ),
+    Case("sparse", function=lambda w: w + jw.initializers.sparse(KEY, w.shape, w.dtype, sparsity=0.5)),
 ]
 
 CASES = TRANSFORMS + FUNCTIONS

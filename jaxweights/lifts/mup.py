@@ -16,8 +16,8 @@ from jaxweights.techniques.initialization import MupScales, mup
 def mup_init(params: Any, base: Any, *, axes: Mapping[str, Axes] | None = None) -> Any:
     """Initial weights under muP, from those of the standard parametrization: output layers become smaller.
 
-    The other half of muP are the learning rates, `scale_by_mup`. What a weight is follows from its fans against those in a
-    narrower network of as many layers:
+    The other half of muP are the learning rates, `scale_by_mup`. What a weight is follows from its fans against those
+    in a narrower network of as many layers:
 
     | | n_in | n_out | initial std | Adam's learning rate | SGD's learning rate |
     | --- | --- | --- | --- | --- | --- |

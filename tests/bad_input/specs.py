@@ -7,6 +7,14 @@ from bad_input.vocabulary import INTEGER, KEY, NAN, NUMBER, SCALAR, SHAPE, WRITE
 
 import jaxweights as jw
 
+init = jw.initializers
+
+
+def initialize(name, options):
+    options = {"shape": (2, 3), **options}
+    return getattr(init, name)(KEY, **options)
+
+
 CASES = [
     # Transforms, axes, indices and initializers refuse when they are made.
     ("ClipWeights < 0", lambda: jw.ClipWeights(-1.0), V, "limit must be at least 0, got -1.0"),
@@ -71,6 +79,51 @@ CASES = [
             ("shape 3", (3,), T, SHAPE),
         ]
     ),
+    *(
+        (f"{name} {what}", lambda name=name, args=args: getattr(init, name)(KEY, *args), error, remedy)
+        for name in ("zeros", "ones", "normal", "truncated_normal", "uniform", "orthogonal", "identity", "dirac")
+        for what, args, error, remedy in [
+            ("dtype int", ((2, 3), int), T, "use jnp.float32"),
+            ("shape 3", (3,), T, SHAPE),
+        ]
+    ),
+    *(
+        (f"{name} {options}", lambda name=name, options=options: initialize(name, options), error, remedy)
+        for name, options, error, remedy in [
+            ("constant", {"value": "0"}, T, NUMBER),
+            ("constant", {"value": jnp.ones(3)}, V, SCALAR),
+            ("normal", {"std": -1.0}, V, "std must be at least 0"),
+            ("normal", {"mean": None}, T, NUMBER),
+            ("uniform", {"low": 1.0, "high": 0.0}, V, "low must be at most high, got 1.0 and 0.0: swap them"),
+            ("truncated_normal", {"low": 3.0}, V, "low must be at most high"),
+            ("truncated_normal", {"std": math.nan}, V, NAN),
+            ("variance_scaling", {"scale": -1.0}, V, "scale must be at least 0"),
+            ("variance_scaling", {"mode": "in"}, V, "mode must be one of 'fan_in', 'fan_out', 'fan_avg'"),
+            ("variance_scaling", {"distribution": "cauchy"}, V, "distribution must be one of 'normal',"),
+            ("xavier_normal", {"gain": "relu"}, T, NUMBER),
+            ("xavier_uniform", {"gain": jnp.ones(3)}, V, SCALAR),
+            ("he_normal", {"negative_slope": "0"}, T, NUMBER),
+            ("he_uniform", {"mode": "fan"}, V, "mode must be one of"),
+            ("orthogonal", {"gain": None}, T, NUMBER),
+            ("orthogonal", {"axes": (0, 1)}, T, WRITE_AXES),
+            ("identity", {"axes": jw.Axes(input=(), output=0)}, V, "use dirac for a convolution"),
+            ("dirac", {"axes": jw.Axes(2)}, V, "use axes from -2 to 1"),
+            ("delta_orthogonal", {"shape": (3, 4, 2)}, V, "cannot preserve norms: use orthogonal"),
+            ("sparse", {"sparsity": 2.0}, V, "sparsity must be in [0, 1], got 2.0"),
+            ("sparse", {"sparsity": 0.5, "std": -1.0}, V, "std must be at least 0"),
+            ("fixup", {"n_branches": 0, "n_layers": 2}, V, "n_branches must be at least 1"),
+            ("fixup", {"n_branches": 4, "n_layers": 1}, V, "n_layers must be at least 2"),
+            ("fixup", {"n_branches": 4.0, "n_layers": 2}, T, INTEGER),
+        ]
+    ),
+    ("gain by an unknown name", lambda: init.gain("swish"), V, "activation must be one of 'linear', 'sigmoid',"),
+    ("gain of a number", lambda: init.gain(2), T, "pass one such as jax.nn.gelu"),
+    ("gain of zero", lambda: init.gain(jnp.zeros_like), V, "it has no gain"),
+    ("mup of a number", lambda: init.mup((4, 4), 4), T, SHAPE),
+    ("mup of two ranks", lambda: init.mup((4, 4), (2, 2, 2)), V, "the same model at another width"),
+    ("mup of another depth", lambda: init.mup((3, 4, 4), (2, 4, 4), axes=jw.Axes(batch=0)), V, "as many layers"),
+    ("mup without inputs", lambda: init.mup((4, 4), (0, 4)), V, "without inputs or outputs has no scale"),
+    ("no initializer", lambda: jw.initializers.glorot, AttributeError, "no attribute 'glorot'"),
     ("initializer axes", lambda: jw.he_normal(KEY, (2, 3), axes=jw.Axes(2)), V, "use axes from -2 to 1"),
     ("conv channels", lambda: jw.conv_index((3, 3, 2, 4), (8, 8, 3)), V, "(*window, in, out) and (*space, in)"),
     ("conv ranks", lambda: jw.conv_index((3, 2, 4), (8, 8, 2)), V, "(*window, in, out) and (*space, in)"),

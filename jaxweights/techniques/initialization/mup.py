@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxweights.axes import Axes, Reading, fans
+from jaxweights.checks import check_shape
 
 
 class MupScales(NamedTuple):
@@ -54,17 +55,14 @@ def mup(shape: Sequence[int], base_shape: Sequence[int], *, axes: Axes | None = 
     References: Yang et al., Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hyperparameter Transfer,
     arXiv:2203.03466, 2022.
     """
-    n_in, n_out = fans(shape, axes)
-    base_in, base_out = fans(base_shape, axes)
-    batch, base_batch = ([s[a] for a in Reading.of(axes, s).batch] for s in (shape, base_shape))
-    if batch != base_batch:
-        raise ValueError(
-            f"shape {tuple(shape)} and base_shape {tuple(base_shape)} differ in a batch axis: muP scales widths, so "
-            f"give the base as many layers"
-        )
+    shape, base_shape = check_shape("shape", shape), check_shape("base_shape", base_shape)
+    both = f"shape {shape} and base_shape {base_shape}"
+    if len(shape) != len(base_shape):
+        raise ValueError(f"{both} differ in rank: give the base of the same model at another width")
+    if any(shape[a] != base_shape[a] for a in Reading.of(axes, shape).batch):
+        raise ValueError(f"{both} differ in a batch axis: muP scales widths, so give the base as many layers")
+    (n_in, n_out), (base_in, base_out) = fans(shape, axes), fans(base_shape, axes)
     if 0 in (n_in, n_out, base_in, base_out):
-        raise ValueError(
-            f"shapes {tuple(shape)} and {tuple(base_shape)}: a weight without inputs or outputs has no scale"
-        )
+        raise ValueError(f"{both}: a weight without inputs or outputs has no scale")
     r_in, r_out = n_in / base_in, n_out / base_out
     return MupScales(init=r_in**-0.5 if n_out == base_out else 1.0, adam=1 / r_in, sgd=r_out / r_in)
