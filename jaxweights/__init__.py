@@ -66,7 +66,14 @@ from jaxweights.techniques.weight_clipping import (
     project_simplex,
 )
 from jaxweights.techniques.weight_decay import weight_decay
-from jaxweights.techniques.weight_norm import WeightNorm, weight_normalize
+from jaxweights.techniques.weight_norm import (
+    Center,
+    WeightNorm,
+    WeightStandardization,
+    center,
+    weight_normalize,
+    weight_standardize,
+)
 from jaxweights.techniques.weight_sharing import ShareWeights, cluster, conv_index, hash_index, share
 from jaxweights.transform import Chain, Transform
 
@@ -80,6 +87,7 @@ __all__ = [
     "Axes",
     "BoundNorm",
     "BoundSum",
+    "Center",
     "Chain",
     "ClipNorm",
     "ClipRange",
@@ -100,6 +108,7 @@ __all__ = [
     "TreeState",
     "TreeTransform",
     "WeightNorm",
+    "WeightStandardization",
     "add_weight_decay",
     "axes",
     "batch_norm",
@@ -108,6 +117,7 @@ __all__ = [
     "bound_norm",
     "bound_sum",
     "capture",
+    "center",
     "clip_norm",
     "clip_range",
     "clip_singular_values",
@@ -152,6 +162,7 @@ __all__ = [
     "tie",
     "weight_decay",
     "weight_normalize",
+    "weight_standardize",
     "xavier_normal",
     "xavier_uniform",
 ]

@@ -216,6 +216,8 @@ ATTENTION_OUT = dense_general(2, 1)
 """The out-projection of multi-head attention: (heads, head_dim, features)."""
 CONV_TRANSPOSE_KERNEL = Axes(input=-1, output=-2)
 """`ConvTranspose(transpose_kernel=True)`: (*window, out, in). Without the flag it is `CONV`."""
+WHOLE = Axes(input=(), output=())
+"""A weight of any rank as one vector: one norm, one mean for all of it (`dim=None` of torch's `weight_norm`)."""
 
 
 def depthwise(groups: int) -> Axes:

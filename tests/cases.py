@@ -69,6 +69,8 @@ TRANSFORMS = [
     Case("weight_norm", lambda: jw.WeightNorm()),
     Case("weight_norm attention", lambda: jw.WeightNorm(jw.axes.ATTENTION_IN), shape=ATTENTION),
     Case("weight_norm vector", lambda: jw.WeightNorm(), shape=(64,)),
+    Case("weight_norm centred", lambda: jw.Chain(jw.Center(), jw.WeightNorm(jw.axes.WHOLE)), shape=CONV),
+    Case("weight_standardization", lambda: jw.WeightStandardization(2.0, scaled=True), shape=CONV),
     Case("spectral_norm", lambda: jw.SpectralNorm(), idempotent=False),
     Case("spectral_norm 3 steps", lambda: jw.SpectralNorm(n_steps=3), idempotent=False),
     Case(

@@ -27,6 +27,7 @@ NUMBERS = {
     "sparsify": jw.sparsify,
     "magnitude_mask": jw.magnitude_mask,
     "weight_decay": lambda w, n: jw.weight_decay(w, w, n),
+    "weight_standardize": lambda w, n: jw.weight_standardize(w, eps=n),
     "batch_norm": lambda w, n: jw.batch_norm(w, eps=n),
     "layer_norm": lambda w, n: jw.layer_norm(w, eps=n),
     "rms_norm": lambda w, n: jw.rms_norm(w, eps=n),

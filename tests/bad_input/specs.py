@@ -3,7 +3,7 @@
 import math
 
 import jax.numpy as jnp
-from bad_input.vocabulary import INTEGER, KEY, NAN, NUMBER, SCALAR, SHAPE, WRITE_AXES, T, V
+from bad_input.vocabulary import CALLABLE, INTEGER, KEY, NAN, NUMBER, SCALAR, SHAPE, WRITE_AXES, T, V
 
 import jaxweights as jw
 
@@ -47,6 +47,9 @@ CASES = [
     ("FakeQuantize 1.5", lambda: jw.FakeQuantize(1.5), T, INTEGER),
     ("FakeQuantize axes", lambda: jw.FakeQuantize(4, axes=jw.Axes()), V, "give per_unit=True too"),
     ("FakeQuantize True", lambda: jw.FakeQuantize(True), T, INTEGER),
+    ("WeightStandardization '1'", lambda: jw.WeightStandardization("1"), T, NUMBER),
+    ("WeightStandardization eps", lambda: jw.WeightStandardization(eps=math.nan), V, NAN),
+    ("WeightStandardization schedule", lambda: jw.WeightStandardization(lambda step: 1.0), T, CALLABLE),
     ("SpectralNorm 0", lambda: jw.SpectralNorm(0), V, "n_steps must be at least 1"),
     ("SpectralNorm 1.0", lambda: jw.SpectralNorm(1.0), T, INTEGER),
     ("ShareWeights 0", lambda: jw.ShareWeights(0), V, "n must be from 1 to"),

@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE, depthwise
+from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE, WHOLE, depthwise
 
 READINGS = [
     ((5,), None, (0,)),
@@ -19,6 +19,9 @@ READINGS = [
     ((2, 3, 4), ATTENTION_OUT, (0, 1)),
     ((6, 4, 3), DENSE.stacked(), (1,)),
     ((3, 3, 1, 4), depthwise(4), (0, 1, 2)),
+    ((4, 3), WHOLE, (0, 1)),
+    ((3, 2, 4, 5), WHOLE, (0, 1, 2, 3)),
+    ((6, 4, 3), WHOLE.stacked(), (1, 2)),
 ]
 
 
@@ -97,6 +100,43 @@ def test_transform_starts_as_the_identity(dtype):
     np.testing.assert_allclose(state["scale"], np.linalg.norm(exact, axis=0), rtol=1e-6)
     longer = t.apply(w, {"scale": 3 * state["scale"]})
     np.testing.assert_allclose(np.float64(longer), 3 * exact, rtol=2 * float(jnp.finfo(dtype).eps))
+
+
+TORCH = {
+    "linear": ((6, 4), 0, jw.Axes(input=-1, output=-2)),
+    "linear as a whole": ((6, 4), None, WHOLE),
+    "conv": ((5, 3, 2, 4), 0, jw.Axes(input=1, output=0)),
+    "conv as a whole": ((5, 3, 2, 4), None, WHOLE),
+}
+
+
+@pytest.mark.parametrize(("shape", "dim", "axes"), TORCH.values(), ids=TORCH)
+def test_value_and_gradients_are_those_of_torch(shape, dim, axes):
+    """In float64, in torch's own layout, (out, in, *window), with a scale that has left the norm."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jaxweights[peers]'")
+    w, cotangent = normal(*shape), normal(*shape, seed=1)
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.tensor(w))
+    torch.nn.utils.parametrizations.weight_norm(module, dim=dim)
+    g, v = module.parametrizations.weight.original0, module.parametrizations.weight.original1
+    t = jw.WeightNorm(axes)
+    norms = g.detach().numpy().copy().squeeze()
+    scale = norms * normal(*norms.shape, seed=2)
+    with torch.no_grad():
+        g.copy_(torch.tensor(scale).reshape(g.shape))
+    module.weight.backward(torch.tensor(cotangent))
+
+    @jax.jit
+    def run(w, scale, cotangent):
+        new, pull = jax.vjp(lambda w, scale: t.apply(w, {"scale": scale}), w, scale)
+        return new, *pull(cotangent), t.init(w, jax.random.key(0))["scale"]
+
+    with enable_x64(True):
+        new, grad_w, grad_scale, start = run(w, jnp.asarray(scale), cotangent)
+    np.testing.assert_allclose(start, norms, rtol=1e-14)
+    np.testing.assert_allclose(new, module.weight.detach().numpy(), rtol=1e-13)
+    np.testing.assert_allclose(grad_w, v.grad.numpy(), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(grad_scale, g.grad.numpy().squeeze(), rtol=1e-12)
 
 
 def test_errors():

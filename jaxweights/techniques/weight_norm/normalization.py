@@ -45,15 +45,18 @@ def weight_normalize(w: jax.Array, scale: jax.Array | None = None, *, axes: Axes
     norm = safe_norm(w, r.contracted, keepdims=True)
     if scale is None:
         return safe_divide(w.astype(norm.dtype), norm).astype(w.dtype)
-    scale = check_weight(scale, "scale")
-    expected = tuple(s for a, s in enumerate(w.shape) if a not in r.contracted)
-    if scale.shape != expected:
-        raise ValueError(
-            f"scale must have shape {expected}, one length per output unit of w {w.shape}, got {scale.shape}"
-        )
     # scale / norm first: a scale equal to the norm gives back w bit for bit.
-    factor = safe_divide(jnp.expand_dims(scale.astype(norm.dtype), r.contracted), norm)
+    factor = safe_divide(check_units("scale", scale, w, r).astype(norm.dtype), norm)
     return (w.astype(norm.dtype) * factor).astype(w.dtype)
+
+
+def check_units(name: str, value: jax.Array, w: jax.Array, r: Reading) -> jax.Array:
+    """`value` with its axes in the places of those of `w`, or an error unless it has one entry per output unit."""
+    value = check_weight(value, name)
+    expected = tuple(s for a, s in enumerate(w.shape) if a not in r.contracted)
+    if value.shape != expected:
+        raise ValueError(f"{name} must have shape {expected}, one per output unit of w {w.shape}, got {value.shape}")
+    return jnp.expand_dims(value, r.contracted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,8 @@ class WeightNorm(Transform):
     """Weight normalization with a learned scale: w' = g · w / ‖w‖.
 
     State: `scale`, the learned g, shape (*batch, *output), float32 or wider. It starts at ‖w‖, so that
-    wrapping a module leaves its function as it is.
+    wrapping a module leaves its function as it is. With `axes.WHOLE` it is one number, the norm of the whole weight.
+    `fold` of `jaxweights.linen` and `jaxweights.nnx` bakes it into an ordinary kernel.
 
     >>> import jax, jax.numpy as jnp
     >>> w = jnp.array([[3.0, 1.0], [4.0, 0.0]])

@@ -1,0 +1,7 @@
+"""Weight normalization, and its relatives that centre each output unit's weight vector or make it standard."""
+
+from jaxweights.techniques.weight_norm.centering import Center, center
+from jaxweights.techniques.weight_norm.normalization import WeightNorm, weight_normalize
+from jaxweights.techniques.weight_norm.standardization import WeightStandardization, weight_standardize
+
+__all__ = ["Center", "WeightNorm", "WeightStandardization", "center", "weight_normalize", "weight_standardize"]

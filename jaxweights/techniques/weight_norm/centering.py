@@ -1,0 +1,76 @@
+"""Weights with mean zero: the first half of centred weight normalization and of weight standardization."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.axes import Axes, Reading
+from jaxweights.checks import check_weight
+from jaxweights.numerics import wide
+from jaxweights.transform import Transform
+
+
+def center(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
+    """Takes its mean from the weight vector of each output unit.
+
+    w' = w − mean(w), the mean over all that one output unit sums over.
+
+    Args:
+      w: float array of any shape.
+      axes: how `w` is read as a matrix; (..., in, out) by default.
+
+    Returns:
+      Array of the shape and dtype of `w`, computed in float32 or wider. Equal weights become 0 exactly. A float16
+      result that would overflow is the largest number there is; a NaN or infinite weight makes its unit NaN.
+
+    Raises:
+      TypeError: `w` is not a float array.
+      ValueError: `axes` does not fit `w`.
+
+    >>> import jax.numpy as jnp
+    >>> print(center(jnp.array([[3.0, 1.0], [4.0, 1.0]])))
+    [[-0.5  0. ]
+     [ 0.5  0. ]]
+
+    References: Huang, Liu, Liu, Lang and Tao, Centered Weight Normalization in Accelerating Training of Deep Neural
+    Networks, ICCV 2017.
+    """
+    w = check_weight(w)
+    limit = float(jnp.finfo(w.dtype).max)
+    return jnp.clip(centered(w, Reading.of(axes, w.shape).contracted), -limit, limit).astype(w.dtype)
+
+
+def centered(w: jax.Array, axis: Sequence[int]) -> jax.Array:
+    """w − mean(w) over `axis`, in float32 or wider."""
+    x = w.astype(wide(w.dtype))
+    if math.prod(x.shape[a] for a in axis) == 0:
+        return x
+    # Seen from one of them: the mean of equal weights is then exact, and that of weights about a distant one precise.
+    x = x - jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True))
+    return x - jnp.mean(x, axis, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Center(Transform):
+    """Weights with mean zero, per output unit. State: none.
+
+    `Chain(Center(), WeightNorm())` is centred weight normalization, w' = g · (w − w̄) / ‖w − w̄‖ with a learned g that
+    starts at ‖w − w̄‖.
+
+    >>> import jax.numpy as jnp
+    >>> print(Center().apply(jnp.array([3.0, 4.0]), {}))
+    [-0.5  0.5]
+
+    References: Huang et al., Centered Weight Normalization, ICCV 2017.
+    """
+
+    axes: Axes | None = None
+
+    def apply(self, w, state):
+        """`center(w)`."""
+        return center(w, axes=self.axes)

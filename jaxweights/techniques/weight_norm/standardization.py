@@ -1,0 +1,114 @@
+"""Weight standardization: mean zero and variance one within each output unit's weight vector."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.axes import Axes, Reading
+from jaxweights.checks import check_scalar, check_state, check_weight
+from jaxweights.numerics import safe_divide, safe_norm, wide
+from jaxweights.techniques.weight_norm.centering import centered
+from jaxweights.techniques.weight_norm.normalization import check_units
+from jaxweights.transform import Number, Transform
+
+
+def weight_standardize(
+    w: jax.Array,
+    gain: jax.Array | None = None,
+    *,
+    scaled: bool = False,
+    eps: Number = 1e-10,
+    axes: Axes | None = None,
+) -> jax.Array:
+    """Gives the weights of each output unit mean 0 and variance 1.
+
+    w' = gain · (w − μ) / √(σ² + ε), and that / √n with `scaled`; μ and σ² are the mean and the biased variance of the n
+    weights that one output unit sums over.
+
+    Args:
+      w: float array of any shape.
+      gain: factors, shape (*batch, *output) of `w`, any float dtype; 1 by default.
+      scaled: divides by √n, so that the layer keeps the variance of independent inputs. That is centred weight
+        normalization, but for ε.
+      eps: ε >= 0, a number or a scalar array.
+      axes: how `w` is read as a matrix; (..., in, out) by default.
+
+    Returns:
+      Array of the shape and dtype of `w`, computed in float32 or wider without overflow. A unit of equal weights
+      becomes 0, with finite gradients; a NaN or infinite weight makes its unit NaN.
+
+    Raises:
+      TypeError: `w` is not a float array, or `eps` not a number.
+      ValueError: `axes` does not fit `w`, `gain` has another shape, or `eps` is negative or NaN.
+
+    >>> import jax.numpy as jnp
+    >>> print(weight_standardize(jnp.array([[3.0, 0.1], [5.0, 0.1], [3.0, 0.1], [5.0, 0.1]])))
+    [[-1.  0.]
+     [ 1.  0.]
+     [-1.  0.]
+     [ 1.  0.]]
+
+    References: Qiao, Wang, Liu, Shen and Yuille, Micro-Batch Training with Batch-Channel Normalization and Weight
+    Standardization, arXiv:1903.10520, 2019; Brock, De and Smith, Characterizing signal propagation to close the
+    performance gap in unnormalized ResNets, arXiv:2101.08692, 2021, for the scaled form.
+    """
+    w = check_weight(w)
+    check_scalar("eps", eps, 0)
+    r = Reading.of(axes, w.shape)
+    x = centered(w, r.contracted)
+    root = math.sqrt(max(1, math.prod(w.shape[a] for a in r.contracted)))
+    # √(σ² + ε) as a hypotenuse, and σ = ‖x‖/√n: neither is squared, so neither overflows.
+    deviation = jnp.hypot(safe_norm(x, r.contracted, keepdims=True) / root, jnp.sqrt(jnp.asarray(eps, x.dtype)))
+    x = safe_divide(x, deviation * root if scaled else deviation)
+    if gain is not None:
+        x = x * check_units("gain", gain, w, r).astype(x.dtype)
+    return x.astype(w.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightStandardization(Transform):
+    """Weight standardization, with a learned gain if `gain` is a number.
+
+    `WeightStandardization()` suits a layer that a norm follows. `WeightStandardization(gain, scaled=True)` is for nets
+    without norms: there `gain` makes up for the variance that the activation before the layer takes, for example
+    √(2/(1 − 1/π)) for ReLU.
+
+    State: `gain`, shape (*batch, *output), float32 or wider, which starts at the number; nothing without one.
+
+    >>> import jax.numpy as jnp
+    >>> print(WeightStandardization().apply(jnp.array([3.0, 5.0]), {}))
+    [-1.  1.]
+
+    References: Qiao et al., arXiv:1903.10520, 2019; Brock, De and Smith, arXiv:2101.08692, 2021.
+    """
+
+    gain: float | None = None
+    scaled: bool = False
+    eps: float = 1e-10
+    axes: Axes | None = None
+    learned: ClassVar[frozenset[str]] = frozenset({"gain"})
+
+    def __post_init__(self):
+        check_scalar("eps", self.eps, 0)
+        if self.gain is not None:
+            check_scalar("gain", self.gain)
+
+    def init(self, w, key):
+        """The gain, once for each unit."""
+        w = check_weight(w)
+        if self.gain is None:
+            return {}
+        contracted = Reading.of(self.axes, w.shape).contracted
+        units = tuple(s for a, s in enumerate(w.shape) if a not in contracted)
+        return {"gain": jnp.full(units, self.gain, wide(w.dtype))}
+
+    def apply(self, w, state):
+        """`weight_standardize(w, gain)`."""
+        if self.gain is not None:
+            check_state(state, gain=None)
+        return weight_standardize(w, state.get("gain"), scaled=self.scaled, eps=self.eps, axes=self.axes)
