@@ -29,28 +29,6 @@ def test_evaluation_overwrites_the_kernel_in_flax_and_not_here():
     np.testing.assert_array_equal(ours.kernel[...], before)
 
 
-def test_wrapping_in_weight_norm_changes_the_function_in_flax_and_not_here():
-    dense = nn.Dense(32)
-    params = dense.init(KEY, X)["params"]
-    y = dense.apply({"params": params}, X)
-    flax = nn.WeightNorm(nn.Dense(32))
-    variables = flax.init(KEY, X)
-    variables["params"]["layer_instance"] = params
-    assert not np.allclose(flax.apply(variables, X), y, rtol=0.1)
-    ours = jw.linen.Transformed(nn.Dense(32), jw.WeightNorm())
-    variables = ours.init(KEY, X)
-    plain = {n: v for n, v in variables["params"].items() if n != "weight_transform"}
-    np.testing.assert_allclose(ours.apply(variables, X), dense.apply({"params": plain}, X), rtol=1e-6, atol=1e-6)
-
-
-def test_the_scale_of_weight_norm_is_a_parameter_here():
-    flax = nnx.WeightNorm(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
-    ours = jw.nnx.transformed(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), jw.WeightNorm())
-    count = lambda m: len(jax.tree.leaves(nnx.state(m, nnx.Param)))
-    assert count(flax) == 2  # kernel and bias: the scales never train
-    assert count(ours) == 3
-
-
 def test_attention_is_normalised_by_its_operator_here():
     x = jnp.ones((1, 5, 64))
     module = nn.MultiHeadDotProductAttention(num_heads=4)
