@@ -43,7 +43,15 @@ from jaxweights.techniques.quantization import (
     matmul,
     quantize,
 )
-from jaxweights.techniques.sparsification import Prune, Sparsify, magnitude_mask, sparsify
+from jaxweights.techniques.sparsification import (
+    Prune,
+    Sparsify,
+    magnitude_mask,
+    repair,
+    sparsegpt,
+    sparsify,
+    wanda_mask,
+)
 from jaxweights.techniques.spectral_clipping import ClipSingularValues, clip_singular_values
 from jaxweights.techniques.spectral_norm import SpectralNorm, spectral_norm, spectral_normalize
 from jaxweights.techniques.weight_clipping import (
@@ -152,14 +160,17 @@ __all__ = [
     "project_simplex",
     "quantize",
     "reinitialize",
+    "repair",
     "rms_norm",
     "running_stats",
     "scale_by_mup",
     "share",
+    "sparsegpt",
     "sparsify",
     "spectral_norm",
     "spectral_normalize",
     "tie",
+    "wanda_mask",
     "weight_decay",
     "weight_normalize",
     "weight_standardize",

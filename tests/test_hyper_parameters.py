@@ -26,6 +26,8 @@ NUMBERS = {
     "orthogonalize": lambda w, n: jw.orthogonalize(w[:, :3], gain=n),
     "sparsify": jw.sparsify,
     "magnitude_mask": jw.magnitude_mask,
+    "wanda_mask": lambda w, n: jw.wanda_mask(w, w[:, 0], n),
+    "sparsegpt": lambda w, n: jw.sparsegpt(w, w @ w.T, n, damping=n)[0],
     "weight_decay": lambda w, n: jw.weight_decay(w, w, n),
     "weight_standardize": lambda w, n: jw.weight_standardize(w, eps=n),
     "batch_norm": lambda w, n: jw.batch_norm(w, eps=n),

@@ -1,0 +1,36 @@
+"""How much is pruned, and where: a fraction, or N of every M consecutive inputs kept."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.checks import check_integer, check_scalar
+from jaxweights.transform import Number
+
+Sparsity = Number | tuple[int, int]
+"""The fraction of zeros in [0, 1], or (n, m): of every m consecutive inputs of an output unit, n are kept."""
+
+
+def check_sparsity(sparsity, rows: int) -> None:
+    """Raises unless `sparsity` is a fraction, or an (n, m) that fits so many rows."""
+    if not isinstance(sparsity, tuple):
+        return check_scalar("sparsity", sparsity, 0, 1)
+    if len(sparsity) != 2:
+        raise ValueError(f"sparsity must be a fraction or (n, m), got {sparsity!r}: write (2, 4) for 2:4")
+    n, m = sparsity
+    check_integer("the m of sparsity=(n, m)", m, 1)
+    check_integer("the n of sparsity=(n, m)", n, 0, m)
+    if rows % m:
+        raise ValueError(f"sparsity={sparsity} needs a multiple of {m} inputs, this weight has {rows}: give a fraction")
+
+
+def largest_of_each(scores: jax.Array, n: int) -> jax.Array:
+    """True at the `n` largest along the last axis but one; of equal ones, the later. NaN is above infinity."""
+    m = scores.shape[-2]
+    index = jnp.arange(m)
+    mine, others = scores[..., :, None, :], scores[..., None, :, :]
+    larger = (others > mine) | (jnp.isnan(others) & ~jnp.isnan(mine))
+    equal = (others == mine) | (jnp.isnan(others) & jnp.isnan(mine))
+    later = (index[:, None] < index)[..., None]
+    return jnp.sum(larger | (equal & later), -2) < n
