@@ -16,6 +16,7 @@ from jaxweights.lifts.mup import mup_init
 from jaxweights.lifts.optax import add_weight_decay, project, scale_by_mup
 from jaxweights.lifts.rewrite import reinitialize, tie
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
+from jaxweights.stored import Stored, matmul
 from jaxweights.techniques import initialization as initializers
 from jaxweights.techniques.batch_norm import (
     batch_norm,
@@ -40,7 +41,6 @@ from jaxweights.techniques.quantization import (
     QuantizedArray,
     dequantize,
     fake_quantize,
-    matmul,
     quantize,
 )
 from jaxweights.techniques.sparsification import (
@@ -51,6 +51,14 @@ from jaxweights.techniques.sparsification import (
     sparsegpt,
     sparsify,
     wanda_mask,
+)
+from jaxweights.techniques.sparsification.storage import (
+    BlockSparseArray,
+    PackedArray,
+    pack,
+    pack_blocks,
+    to_bcoo,
+    to_csr,
 )
 from jaxweights.techniques.spectral_clipping import ClipSingularValues, clip_singular_values
 from jaxweights.techniques.spectral_norm import SpectralNorm, spectral_norm, spectral_normalize
@@ -93,6 +101,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Around",
     "Axes",
+    "BlockSparseArray",
     "BoundNorm",
     "BoundSum",
     "Center",
@@ -106,12 +115,14 @@ __all__ = [
     "L1Ball",
     "L1Sphere",
     "Orthogonalize",
+    "PackedArray",
     "Prune",
     "QuantizedArray",
     "ShareWeights",
     "Simplex",
     "Sparsify",
     "SpectralNorm",
+    "Stored",
     "Transform",
     "TreeState",
     "TreeTransform",
@@ -154,6 +165,8 @@ __all__ = [
     "nnx",
     "on_tree",
     "orthogonalize",
+    "pack",
+    "pack_blocks",
     "project",
     "project_l1_ball",
     "project_l1_sphere",
@@ -170,6 +183,8 @@ __all__ = [
     "spectral_norm",
     "spectral_normalize",
     "tie",
+    "to_bcoo",
+    "to_csr",
     "wanda_mask",
     "weight_decay",
     "weight_normalize",

@@ -41,9 +41,35 @@ CASES = [
     ("index float", lambda w: jw.share(w[0], w), T, "use cluster or conv_index"),
     ("index bool", lambda w: jw.share(w[0], w > 1), T, "use cluster or conv_index"),
     ("index list", lambda w: jw.share(w[0], [0, 1]), T, "use cluster or conv_index"),
-    ("matmul shapes", lambda w: jw.matmul(w, jw.quantize(w, 8)), V, "x must end in the input axes (4,) of q"),
+    ("matmul shapes", lambda w: jw.matmul(w, jw.quantize(w, 8)), V, "x must end in the input axes (4,) of w"),
     ("matmul scalar", lambda w: jw.matmul(w[0, 0], jw.quantize(w, 8)), V, "x must end in the input axes (4,)"),
-    ("matmul array", lambda w: jw.matmul(w.T, w), T, "make one with quantize(w, bits)"),
+    ("matmul array", lambda w: jw.matmul(w.T, w), T, "multiply by an array with x @ w"),
+    ("matmul class", lambda w: jw.matmul(w.T, jw.Stored), T, "make one with quantize(w, bits), pack(w) or"),
+    ("matmul integers", lambda w: integers(w) @ jw.pack(w, w < 0), T, FLOAT),
+    ("matmul packed", lambda w: jw.matmul(w, jw.pack(w, w < 0)), V, "x must end in the input axes (4,) of w"),
+    ("matmul csr", lambda w: jw.matmul(w, jw.to_csr(w, nse=24)), V, "x must end in the input axes (4,) of w"),
+    # Sparse storage.
+    *(
+        (f"{name} mask {kind}", lambda w, f=f, bad=bad: f(w, bad(w)), error, remedy)
+        for name, f in {
+            "pack": jw.pack,
+            "pack_blocks": lambda w, mask: jw.pack_blocks(w, mask, block=(2, 2), n_blocks=6),
+            "to_bcoo": lambda w, mask: jw.to_bcoo(w, mask, nse=24),
+            "to_csr": lambda w, mask: jw.to_csr(w, mask, nse=24),
+        }.items()
+        for kind, bad, error, remedy in [
+            ("floats", lambda w: w, T, "compare it with a number"),
+            ("list", lambda w: [True], T, "compare it with a number"),
+            ("shape", lambda w: w[0] > 0, V, "one entry per weight"),
+        ]
+    ),
+    ("pack 2:3", lambda w: jw.pack(w, sparsity=(2, 3)), V, "the 4 inputs of w (4, 6) are no multiple of m=3: pad w"),
+    ("pack scalar", lambda w: jw.pack(w[0, 0]), V, "are no multiple of m=4"),
+    ("pack axes", lambda w: jw.pack(w, axes=0), T, WRITE_AXES),
+    ("pack_blocks of 3", lambda w: jw.pack_blocks(w, block=(3, 3)), V, "must divide the matrix (4, 6)"),
+    ("pack_blocks batch", lambda w: jw.pack_blocks(w[None], axes=jw.Axes(batch=0)), V, "under jax.vmap"),
+    ("to_bcoo batch", lambda w: jw.to_bcoo(w[None], axes=jw.Axes(batch=0)), V, "under jax.vmap, with nse"),
+    ("to_csr groups", lambda w: jw.to_csr(w, axes=jw.axes.depthwise(2)), V, "under jax.vmap, with nse"),
     ("matmul batch", lambda w: jw.matmul(w, jw.quantize(w, 8, axes=jw.Axes(batch=0, input=()))), V, "jax.vmap"),
     ("dequantize array", lambda w: jw.dequantize(w), T, "make one with quantize(w, bits)"),
     # Norms.

@@ -5,6 +5,7 @@ A case is (name, function, error, remedy). A function with an argument is called
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -58,6 +59,10 @@ CASES = [
             "fake_quantize": lambda w: jw.fake_quantize(w, 4),
             "quantize": lambda w: jw.quantize(w, 4),
             "matmul": lambda w: jw.matmul(w, jw.quantize(W.T, 4)),
+            "pack": jw.pack,
+            "pack_blocks": lambda w: jw.pack_blocks(w, block=(2, 2), n_blocks=6),
+            "to_bcoo": lambda w: jw.to_bcoo(w, nse=24),
+            "to_csr": lambda w: jw.to_csr(w, nse=24),
             "orthogonalize": jw.orthogonalize,
             "clip_singular_values": lambda w: jw.clip_singular_values(w, 1.0),
             "Orthogonalize": lambda w: jw.Orthogonalize().apply(w, {}),
@@ -174,6 +179,18 @@ CASES = [
     ("bits 1 stored", lambda w: jw.quantize(w, 1), V, "bits must be from 2 to 8, got 1"),
     ("bits 9 stored", lambda w: jw.quantize(w, 9), V, "bits must be from 2 to 8, got 9"),
     ("bits '8' stored", lambda w: jw.quantize(w, "8"), T, INTEGER),
+    ("pack 4:4", lambda w: jw.pack(w, sparsity=(4, 4)), V, "the n of sparsity=(n, m) must be from 1 to 3, got 4"),
+    ("pack 2.0:4", lambda w: jw.pack(w, sparsity=(2.0, 4)), T, INTEGER),
+    ("pack 50%", lambda w: jw.pack(w, sparsity=0.5), T, "write (2, 4) for 2:4"),
+    ("pack of 32", lambda w: jw.pack(w, sparsity=(2, 32)), V, "must be from 2 to 16, got 32"),
+    ("pack of what does not fit", lambda: jw.pack(W), V, "a group of 4 inputs keeps 4. Prune it to 2:4 first"),
+    ("block 32 packed", lambda w: jw.pack_blocks(w, block=32), T, "write (32, 32)"),
+    ("block 0x2", lambda w: jw.pack_blocks(w, block=(0, 2)), V, "the height of block must be at least 1"),
+    ("n_blocks too small", lambda: jw.pack_blocks(W, block=(2, 2), n_blocks=5), V, "must be at least 6, what the mask"),
+    ("n_blocks under jit", lambda: jax.jit(lambda w: jw.pack_blocks(w, block=(2, 2)))(W), V, "must be given under jit"),
+    ("nse too small", lambda: jw.to_bcoo(W, nse=22), V, "nse must be at least 23"),
+    ("nse -1", lambda: jw.to_csr(W, nse=-1), V, "nse must be at least 0"),
+    ("nse under jit", lambda: jax.jit(jw.to_csr)(W), V, "nse must be given under jit"),
     ("n_clusters 0", lambda w: jw.cluster(w, 0), V, "n_clusters must be at least 1, got 0"),
     ("n_clusters 2.0", lambda w: jw.cluster(w, 2.0), T, INTEGER),
     ("cluster nothing", lambda w: jw.cluster(w[:0], 2), V, "leave it out of `where`"),

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from contract.table import every_case, sharding
 
+import jaxweights as jw
+
 
 @pytest.fixture(scope="module")
 def tpu():
@@ -29,3 +31,23 @@ def test_it_compiles_for_a_tpu(case, tpu):
     loss = lambda w: jnp.sum(case.call(w).astype(jnp.float32))
     compiled = jax.jit(jax.value_and_grad(loss)).lower(w).compile()
     assert compiled.memory_analysis() is not None
+
+
+STORES = {
+    "quantize": lambda w: jw.quantize(w, 8),
+    "pack": jw.pack,
+    "pack_blocks": lambda w: jw.pack_blocks(w, n_blocks=3),
+    "to_bcoo": lambda w: jw.to_bcoo(w, nse=99),
+    "to_csr": lambda w: jw.to_csr(w, nse=99),
+}
+
+
+@pytest.mark.parametrize("store", STORES.values(), ids=STORES)
+def test_stored_weights_and_products_with_them_compile_for_a_tpu(store, tpu):
+    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(tpu[0]))
+    w, one, many = (place(jnp.zeros(shape, jnp.bfloat16)) for shape in ((512, 128), (1, 512), (8, 512)))
+    stored = jax.tree.map(place, jax.eval_shape(store, w))
+    loss = lambda x, stored: jnp.sum(jw.matmul(x, stored).astype(jnp.float32))
+    jax.jit(store).lower(w).compile()
+    for x in (one, many):
+        jax.jit(jax.value_and_grad(loss)).lower(x, stored).compile()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxweights.axes import Axes, Reading
 from jaxweights.checks import check_integer, check_weight
 from jaxweights.numerics import safe_divide, wide
+from jaxweights.stored import contraction, nbytes
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype", "axes"])
@@ -38,7 +39,20 @@ class QuantizedArray:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scale.nbytes
+        return nbytes(self)
+
+    def todense(self) -> jax.Array:
+        """The weight it stands for: codes·scale."""
+        return (self.codes.astype(self.scale.dtype) * self.scale).astype(self.dtype)
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        """x @ w, the scale applied after the product: (x · codes)·scale."""
+        r, dtype = contraction(x, self), wide(x.dtype)
+        lead = tuple(range(x.ndim - len(r.contracted), x.ndim))
+        y = jax.lax.dot_general(
+            x.astype(dtype), self.codes.astype(dtype), ((lead, r.contracted), ((), ())), precision="highest"
+        )
+        return (y * jnp.squeeze(self.scale, r.contracted).astype(dtype)).astype(x.dtype)
 
 
 def quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> QuantizedArray:
@@ -85,47 +99,6 @@ def dequantize(q: QuantizedArray) -> jax.Array:
     >>> print(dequantize(quantize(jnp.array([2.0, -1.0, 0.0]), 2)))
     [2. 0. 0.]
     """
-    _check_quantized(q)
-    return (q.codes.astype(q.scale.dtype) * q.scale).astype(q.dtype)
-
-
-def matmul(x: jax.Array, q: QuantizedArray) -> jax.Array:
-    """x @ w for a quantized w, the scale applied after the product.
-
-    y = (x · codes)·scale, over the input axes of `q`, in float32 or wider.
-
-    Args:
-      x: float array, shape (..., *input) with the input axes of `q` last.
-      q: a `QuantizedArray` without batch axes.
-
-    Returns:
-      Array of shape (..., *output) and the dtype of `x`.
-
-    Raises:
-      TypeError: `x` is not a float array or `q` not a `QuantizedArray`.
-      ValueError: the shapes do not fit.
-
-    >>> import jax.numpy as jnp
-    >>> print(matmul(jnp.array([1.0, 1.0]), quantize(jnp.array([[2.0, 0.0], [1.0, 3.0]]), 8)).round(1))
-    [3. 3.]
-    """
-    x = check_weight(x, "x")
-    _check_quantized(q)
-    r = Reading.of(q.axes, q.shape)
-    if r.batch or r.groups > 1:
-        raise ValueError(f"q has batch axes {r.batch} or groups: multiply with jax.vmap over them")
-    inputs = tuple(q.shape[a] for a in r.contracted)
-    if x.shape[x.ndim - len(inputs) :] != inputs:
-        raise ValueError(f"x must end in the input axes {inputs} of q, got shape {x.shape}")
-    lead = tuple(range(x.ndim - len(inputs), x.ndim))
-    dtype = wide(x.dtype)
-    y = jax.lax.dot_general(
-        x.astype(dtype), q.codes.astype(dtype), ((lead, r.contracted), ((), ())), precision="highest"
-    )
-    scale = jnp.squeeze(q.scale, r.contracted)
-    return (y * scale.astype(dtype)).astype(x.dtype)
-
-
-def _check_quantized(q) -> None:
     if not isinstance(q, QuantizedArray):
         raise TypeError(f"q must be a QuantizedArray, got {type(q).__name__}: make one with quantize(w, bits)")
+    return q.todense()

@@ -1,0 +1,150 @@
+"""Block-sparse storage: the dense blocks of a matrix that are kept, and where they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.axes import Axes, axes_or_default
+from jaxweights.checks import check_integer
+from jaxweights.stored import nbytes, product
+from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, loud
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["blocks", "rows", "columns"], meta_fields=["shape", "axes"]
+)
+@dataclasses.dataclass(frozen=True)
+class BlockSparseArray:
+    """A weight stored as the blocks of its matrix that are not all zero. A pytree node.
+
+    Attributes:
+      blocks: float array (blocks, height, width), in order of their columns, then of their rows.
+      rows: int32 array (blocks,): the block row of each, that is, its first row over the height.
+      columns: int32 array (blocks,): the block column of each. Beyond the last for blocks that are not in use.
+      shape: shape of the weight.
+      axes: how it is read as a matrix.
+    """
+
+    blocks: jax.Array
+    rows: jax.Array
+    columns: jax.Array
+    shape: tuple[int, ...]
+    axes: Axes | None = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the weight."""
+        return self.blocks.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of blocks and places."""
+        return nbytes(self)
+
+    @jax.jit
+    def todense(self) -> jax.Array:
+        """The weight, bit for bit what was packed; a block that was not kept is +0."""
+        axes = axes_or_default(self.axes, len(self.shape))
+        n_rows, n_columns = self._matrix_shape()
+        _, height, width = self.blocks.shape
+        grid = jnp.zeros((n_rows // height, n_columns // width, height, width), self.dtype)
+        grid = grid.at[self.rows, self.columns].set(self.blocks, mode="drop")
+        return axes.weight(grid.swapaxes(1, 2).reshape(n_rows, n_columns), self.shape)
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        """x @ w: each block times its part of x, added up by block column."""
+        return product(x, self, self._times)
+
+    @jax.jit
+    def _times(self, x: jax.Array) -> jax.Array:
+        _, height, width = self.blocks.shape
+        parts = x.reshape(len(x), x.shape[1] // height, height)[:, self.rows]
+        terms = jnp.einsum("xbh,bhw->bxw", parts, self.blocks.astype(x.dtype), precision="highest")
+        n_columns = self._matrix_shape()[1] // width
+        sums = jax.ops.segment_sum(terms, self.columns, n_columns, indices_are_sorted=True)
+        return sums.swapaxes(0, 1).reshape(len(x), n_columns * width)
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        shaped = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        return jax.eval_shape(axes_or_default(self.axes, len(self.shape)).matrix, shaped).shape
+
+
+def pack_blocks(
+    w: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    block: tuple[int, int] = (32, 32),
+    n_blocks: int | None = None,
+    axes: Axes | None = None,
+) -> BlockSparseArray:
+    """Stores the blocks of a weight in which anything is kept.
+
+    Args:
+      w: float array of any shape, without batch axes.
+      mask: boolean array of the shape of `w`, true where a weight is kept; by default where `w` is not 0.
+      block: (height, width) of a block, which must divide the rows and the columns of `w`, read as a matrix.
+      n_blocks: how many blocks to store; by default those that there are. Under jit it must be given.
+      axes: how `w` is read as a matrix; (..., in, out) by default.
+
+    Returns:
+      A `BlockSparseArray`. It gives `where(mask, w, 0)` back bit for bit; without a mask -0.0 counts as 0 and NaN is
+      kept. Under jit all of it becomes NaN if `n_blocks` is too small.
+
+    Raises:
+      TypeError: `w` is not a float array, `mask` not a boolean one, or a number not an integer.
+      ValueError: blocks do not divide the matrix, `n_blocks` is too small, or `w` has batch axes or groups.
+
+    >>> import jax.numpy as jnp
+    >>> w = jnp.zeros((4, 6)).at[:2, 4:].set(2.0)
+    >>> b = pack_blocks(w, block=(2, 2))
+    >>> print(b.blocks.shape, b.rows, b.columns, jnp.ones(4) @ b)
+    (1, 2, 2) [0] [2] [0. 0. 0. 0. 4. 4.]
+
+    References: Gray, Radford and Kingma, GPU Kernels for Block-Sparse Weights, 2017.
+    """
+    matrix, kept = kept_matrix(w, mask, axes)
+    height, width = _block(block)
+    if matrix.ndim > 2:
+        raise ValueError(f"w has batch axes or groups: pack_blocks under jax.vmap, with n_blocks, got {axes}")
+    n_rows, n_columns = matrix.shape
+    if n_rows % height or n_columns % width:
+        raise ValueError(
+            f"block={block} must divide the matrix {matrix.shape} of w {jnp.shape(w)}: choose axes or block"
+        )
+    size = capacity("n_blocks", _any(kept, height, width), n_blocks)
+    blocks, rows, columns = _gather(matrix, kept, height, width, size)
+    return BlockSparseArray(blocks, rows, columns, jnp.shape(w), axes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _any(kept: jax.Array, height: int, width: int) -> jax.Array:
+    """Whether anything is kept, by block column and block row."""
+    return _cut(kept, height, width).any((2, 3))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _gather(matrix, kept, height: int, width: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The blocks, their rows and their columns."""
+    there = _any(kept, height, width)
+    columns, rows = jnp.nonzero(there, size=size, fill_value=(len(there), 0))
+    blocks = _cut(jnp.where(kept, matrix, jnp.zeros((), matrix.dtype)), height, width)
+    blocks = loud(blocks.at[columns, rows].get(mode="fill", fill_value=0), jnp.sum(there) <= size)
+    return blocks, rows.astype(jnp.int32), columns.astype(jnp.int32)
+
+
+def _cut(matrix: jax.Array, height: int, width: int) -> jax.Array:
+    """(block columns, block rows, height, width)."""
+    rows, columns = matrix.shape
+    return matrix.reshape(rows // height, height, columns // width, width).transpose(2, 0, 1, 3)
+
+
+def _block(block) -> tuple[int, int]:
+    if not isinstance(block, tuple | list) or len(block) != 2:
+        raise TypeError(f"block must be (height, width), got {block!r}: write (32, 32)")
+    for side, value in zip(("height", "width"), block, strict=True):
+        check_integer(f"the {side} of block", value, 1)
+    return block[0], block[1]
