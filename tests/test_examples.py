@@ -60,6 +60,18 @@ def test_nnx_level(capsys):
     assert variables["accuracy"] > 0.94
 
 
+def test_mup(tmp_path, monkeypatch):
+    """Under muP the activations are as large at every width after 10 steps, and under the standard one they are not."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    picture = tmp_path / "mup.png"
+    slopes = runpy.run_path(str(EXAMPLES / "mup.py"))["main"](
+        ["--widths", "64", "128", "512", "--seeds", "1", "--out", str(picture)]
+    )
+    assert np.abs(slopes["muP"]).max() < 0.2
+    assert slopes["standard"][-1] > 1 and slopes["standard"][-2] > 0.3
+    assert picture.stat().st_size > 20_000
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The results of both backends, after few steps."""
