@@ -56,8 +56,9 @@ def gain(activation: Callable[[jax.Array], jax.Array] | str) -> float:
         raise TypeError(f"activation must be a function or a name, got {activation!r}: pass one such as jax.nn.gelu")
     # The trapezoidal rule on a grid through 0, where activations have their kinks: as exact as float32 for the table.
     z = np.linspace(-12, 12, 24001)
-    with jax.ensure_compile_time_eval():
-        f = np.asarray(activation(jnp.asarray(z, jnp.float32)), np.float64)
+    # Compiled on its own, so that the gain is a number under jit too.
+    computed = jax.jit(activation).lower(jax.ShapeDtypeStruct(z.shape, jnp.float32)).compile()
+    f = np.asarray(computed(z.astype(np.float32)), np.float64)
     square = np.sum(f**2 * np.exp(-(z**2) / 2)) / np.sum(np.exp(-(z**2) / 2))
     if not (math.isfinite(square) and square > 0):
         raise ValueError(f"activation {activation!r} has E[f(z)²] = {square}: it has no gain")
