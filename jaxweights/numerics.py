@@ -112,7 +112,7 @@ def smallest_mask(x: jax.Array, k: int | jax.Array) -> jax.Array:
     word = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[bits]
     # Functions, not arrays: computed anew within each pass, they are never stored.
     rank = lambda: jax.lax.bitcast_convert_type(x, word) & word(2 ** (bits - 1) - 1)
-    index = lambda: _flat_index(x.shape)
+    index = lambda: flat_index(x.shape)
     k = jnp.asarray(k, jnp.int32)
 
     threshold = _threshold(word, bits, k, lambda t: rank() < t)
@@ -203,7 +203,8 @@ def sum_within(center: jax.Array, d: jax.Array, dtype) -> jax.Array:
     return jnp.where(beyond, jnp.nextafter(s.astype(dtype), center.astype(dtype)), s.astype(dtype))
 
 
-def _flat_index(shape: Sequence[int]) -> jax.Array:
+def flat_index(shape: Sequence[int]) -> jax.Array:
+    """The place of each entry in row-major order, as uint32."""
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
