@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import string
 
@@ -42,13 +43,13 @@ class SpectralNorm(Transform):
     def init(self, w, key):
         """A search from random vectors, brought close by a few steps."""
         w = check_weight(w)
-        return self._moved(w, iteration.start(_operator(w, self.axes), key), _INITIAL_STEPS)
+        return _started(w, key, self.axes)
 
     def update(self, w, state, grad=None):
         """`n_steps` steps of the search."""
         w = check_weight(w)
         check_state(state, **_operator(w, self.axes).search_shapes())
-        return self._moved(w, state, self.n_steps)
+        return _moved(w, state, self.axes, self.n_steps)
 
     def apply(self, w, state):
         """w / ‖Wv‖."""
@@ -57,14 +58,19 @@ class SpectralNorm(Transform):
         sigma = automatic(lambda w, v: iteration.sigma(_operator(w, self.axes), v), w, state["v"])
         return spectral_normalize(w, sigma, axes=self.axes)
 
-    def _moved(self, w, state, n_steps: int):
-        def run(w, state):
-            operator = _operator(w, self.axes)
-            if n_steps == 1:
-                return iteration.step(operator, state)
-            return jax.lax.fori_loop(0, n_steps, lambda _, s: iteration.step(operator, s), state)
 
-        return automatic(run, w, state)
+@functools.partial(jax.jit, static_argnames="axes")
+def _started(w, key, axes):
+    return _moved(w, automatic(lambda w: iteration.start(_operator(w, axes), key), w), axes, _INITIAL_STEPS)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "n_steps"))
+def _moved(w, search, axes, n_steps):
+    def run(w, search):
+        operator = _operator(w, axes)
+        return jax.lax.fori_loop(0, n_steps, lambda _, s: iteration.step(operator, s), search)
+
+    return automatic(run, w, search)
 
 
 def _operator(w: jax.Array, axes: Axes | None) -> Operator:
