@@ -53,7 +53,13 @@ from jaxweights.techniques.sparsification import (
     wanda_mask,
 )
 from jaxweights.techniques.spectral_clipping import ClipSingularValues, clip_singular_values
-from jaxweights.techniques.spectral_norm import SpectralNorm, spectral_norm, spectral_normalize
+from jaxweights.techniques.spectral_norm import (
+    ConvSpectralNorm,
+    SpectralNorm,
+    conv_spectral_norm,
+    spectral_norm,
+    spectral_normalize,
+)
 from jaxweights.techniques.weight_clipping import (
     Around,
     BoundNorm,
@@ -101,6 +107,7 @@ __all__ = [
     "ClipRange",
     "ClipSingularValues",
     "ClipWeights",
+    "ConvSpectralNorm",
     "FakeQuantize",
     "InputStats",
     "L1Ball",
@@ -132,6 +139,7 @@ __all__ = [
     "clip_weights",
     "cluster",
     "conv_index",
+    "conv_spectral_norm",
     "dequantize",
     "fake_quantize",
     "fans",

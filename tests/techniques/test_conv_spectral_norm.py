@@ -1,0 +1,107 @@
+"""The spectral norm of a convolution, against the dense matrix of the layer as Flax computes it."""
+
+import functools
+import itertools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from x64 import enable_x64
+
+import jaxweights as jw
+from jaxweights.convolution import Convolution
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def matrix(kernel, input_shape, *, strides=1, padding="SAME", dilation=1, groups=1):
+    """The layer's outputs for all images that are 1 at one place and 0 elsewhere, by Flax in float64."""
+    with enable_x64(True):
+        layer = nn.Conv(
+            kernel.shape[-1],
+            kernel.shape[:-2],
+            strides,
+            padding,
+            kernel_dilation=dilation,
+            feature_group_count=groups,
+            use_bias=False,
+            param_dtype=jnp.float64,
+        )
+        n = math.prod(input_shape)
+        basis = jnp.eye(n, dtype=jnp.float64).reshape(n, *input_shape)
+        return np.asarray(layer.apply({"params": {"kernel": jnp.asarray(kernel, jnp.float64)}}, basis)).reshape(n, -1)
+
+
+def sigma(kernel, input_shape, **options):
+    return np.linalg.svd(matrix(kernel, input_shape, **options), compute_uv=False)[0]
+
+
+def pairs(kernel_shape, input_shape, **options):
+    """A kernel and the convolution it is of."""
+    return jnp.float32(normal(*kernel_shape)), Convolution.of(kernel_shape, input_shape, **options)
+
+
+# The operator
+
+SPACE = {1: (8,), 2: (6, 4), 3: (4, 3, 3)}
+WINDOW = {1: (3,), 2: (3, 2), 3: (2, 1, 2)}
+PADS = ((2, 1), (0, 3), (1, -1))
+GRID = list(itertools.product([1, 2, 3], ["SAME", "VALID", "CIRCULAR", "pads"], [1, 2], [1, 2], [1, 2]))
+
+
+@pytest.mark.parametrize(("n", "padding", "strides", "dilation", "groups"), GRID)
+def test_the_operator_is_the_layer(n, padding, strides, dilation, groups):
+    padding = PADS[:n] if padding == "pads" else padding
+    options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
+    kernel, input_shape = normal(*WINDOW[n], 2, 4), (*SPACE[n], 2 * groups)
+    dense = matrix(kernel, input_shape, **options)
+    conv = Convolution.of(kernel.shape, input_shape, **options)
+    assert math.prod(conv.input_shape) == len(dense) and math.prod(conv.output_shape) == dense.shape[1]
+    x, y = normal(*conv.input_shape, seed=1), normal(*conv.output_shape, seed=2)
+    forward, back = jax.jit(lambda k, x, y: (conv(k, x), conv.transpose(k, y)))(*map(jnp.float32, (kernel, x, y)))
+    np.testing.assert_allclose(forward.ravel(), x.ravel() @ dense, atol=1e-5)
+    np.testing.assert_allclose(back.ravel(), dense @ y.ravel(), atol=1e-5)
+
+
+# conv_spectral_norm
+
+EXACT = [
+    ((3, 2, 4), (7, 2), {}),
+    ((5, 2, 3), (3, 2), {}),  # the window goes around the image
+    ((4, 3, 4), (9, 3), {"strides": 3, "dilation": 2}),
+    ((3, 3, 4, 2), (5, 6, 4), {"dilation": (2, 1)}),
+    ((3, 3, 2, 6), (6, 8, 4), {"strides": (1, 2), "groups": 2, "dilation": (2, 1)}),
+    ((3, 2, 1, 4), (4, 5, 4), {"groups": 4}),
+    ((2, 3, 2, 2, 2), (3, 4, 3, 2), {}),
+    ((3, 3, 2, 2, 2), (4, 4, 2, 2), {"strides": 2}),
+    ((4, 3), (4,), {}),  # no window: a dense layer
+]
+SEARCHED = [
+    ((3, 2, 4), (12, 2), {}),
+    ((5, 4, 2), (11, 4), {"strides": 2, "padding": "VALID", "dilation": 2}),
+    ((4, 2, 2), (7, 2), {"strides": 3, "padding": "CIRCULAR"}),  # the strides do not divide the image
+    ((3, 3, 2, 3), (6, 5, 2), {}),
+    ((4, 4, 2, 4), (9, 8, 2), {"strides": 2}),
+    ((3, 2, 2, 4), (6, 6, 4), {"padding": [(0, 2), (3, 1)], "groups": 2, "dilation": (1, 2)}),
+    ((3, 3, 1, 6), (5, 7, 3), {"padding": "VALID", "groups": 3, "strides": (2, 1)}),
+    ((2, 2, 1, 1), (4, 4, 1), {"padding": [(-1, 0), (0, -1)]}),
+    ((2, 3, 2, 2, 2), (3, 4, 3, 2), {"strides": (1, 2, 1)}),
+    ((1, 1, 3, 3), (1, 1, 3), {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kernel_shape", "input_shape", "options"),
+    [(k, x, {**o, "padding": "CIRCULAR"}) for k, x, o in EXACT] + SEARCHED,
+)
+def test_against_the_dense_matrix(kernel_shape, input_shape, options):
+    kernel = normal(*kernel_shape)
+    found = jax.jit(lambda k: jw.conv_spectral_norm(k, input_shape, **options))(jnp.float32(kernel))
+    assert found.dtype == jnp.float32 and found.shape == ()
+    np.testing.assert_allclose(found, sigma(kernel, input_shape, **options), rtol=1e-5)
