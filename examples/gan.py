@@ -11,15 +11,11 @@ The transforms are used at the Linen level, the clipping in an optax chain.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import image_data
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import jaxweights as jw
@@ -80,7 +76,7 @@ def layers(size: int) -> dict[str, tuple[int, int, int]]:
 
 
 def ways(size: int) -> list[Way]:
-    operators = {f"{name}/kernel": jw.SpectralNorm() for name, shape in layers(size).items()}
+    operators = {f"{name}/kernel": jw.ConvSpectralNorm(shape, strides=2) for name, shape in layers(size).items()}
     return [
         Way("clipping", project=jw.ClipWeights(LIMIT)),
         Way("SpectralNorm", transform=jw.SpectralNorm()),
@@ -113,7 +109,10 @@ class Gan:
         adam = lambda rate: optax.adam(optax.linear_schedule(rate, 0.0, args.steps), b1=args.b1, b2=0.9)
         self.txs = (
             adam(args.g),
-            optax.chain(optax.adam(optax.linear_schedule(args.d, 0.0, CRITIC_STEPS * args.steps), b1=args.b1, b2=0.9), jw.project(way.project, "**") if way.project else optax.identity()),
+            optax.chain(
+                optax.adam(optax.linear_schedule(args.d, 0.0, CRITIC_STEPS * args.steps), b1=args.b1, b2=0.9),
+                jw.project(way.project, "**") if way.project else optax.identity(),
+            ),
         )
         keys = jax.random.split(jax.random.key(seed))
         g = self.generator.init(keys[0], jnp.zeros((1, LATENT)))["params"]

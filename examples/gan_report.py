@@ -93,10 +93,24 @@ def picture(path: str, title: str, real: np.ndarray, results: dict[str, Result])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.92")
         axes.set_axisbelow(True)
-        axes.annotate("product of the layers' norms", (r.steps[-1], r.upper[-1]), (0, 5), textcoords="offset points",
-                      ha="right", color=color, fontsize=9)
-        axes.annotate("largest gradient found", (r.steps[-1], r.lower[-1]), (0, -12), textcoords="offset points",
-                      ha="right", color=color, fontsize=9)
+        axes.annotate(
+            "product of the layers' norms",
+            (r.steps[-1], r.upper[-1]),
+            (0, 5),
+            textcoords="offset points",
+            ha="right",
+            color=color,
+            fontsize=9,
+        )
+        axes.annotate(
+            "largest gradient found",
+            (r.steps[-1], r.lower[-1]),
+            (0, -12),
+            textcoords="offset points",
+            ha="right",
+            color=color,
+            fontsize=9,
+        )
     left[0].set_ylabel("Lipschitz constant of the critic")
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=100)

@@ -1,6 +1,5 @@
 """The spectral norm of a convolution, against the dense matrix of the layer as Flax computes it."""
 
-import functools
 import itertools
 import math
 
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 from x64 import enable_x64
 
 import jaxweights as jw
@@ -40,11 +38,6 @@ def matrix(kernel, input_shape, *, strides=1, padding="SAME", dilation=1, groups
 
 def sigma(kernel, input_shape, **options):
     return np.linalg.svd(matrix(kernel, input_shape, **options), compute_uv=False)[0]
-
-
-def pairs(kernel_shape, input_shape, **options):
-    """A kernel and the convolution it is of."""
-    return jnp.float32(normal(*kernel_shape)), Convolution.of(kernel_shape, input_shape, **options)
 
 
 # The operator
