@@ -4,8 +4,8 @@
     python examples/gan.py --data digits --steps 300
 
 The Wasserstein loss asks for a critic of bounded slope. Clipping its weights and normalizing its layers are the two
-classic ways to bound it. The same networks are trained with each, and the slope of each critic is measured: it is at
-least the largest gradient found at real, generated and mixed images, and at most the product of the norms of the layers.
+classic ways to bound it. The same networks are trained with each, and the slope of each critic is measured. It is at
+least the largest gradient found at real, generated and mixed images, at most the product of the norms of the layers.
 The transforms are used at the Linen level, the clipping in an optax chain.
 """
 
