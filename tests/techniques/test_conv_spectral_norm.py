@@ -98,3 +98,92 @@ def test_against_the_dense_matrix(kernel_shape, input_shape, options):
     found = jax.jit(lambda k: jw.conv_spectral_norm(k, input_shape, **options))(jnp.float32(kernel))
     assert found.dtype == jnp.float32 and found.shape == ()
     np.testing.assert_allclose(found, sigma(kernel, input_shape, **options), rtol=1e-5)
+
+
+CIRCULAR = {"padding": "CIRCULAR"}
+both = pytest.mark.parametrize("options", [CIRCULAR, {}], ids=["exact", "searched"])
+SHAPE, IMAGE = (3, 2, 2, 4), (6, 5, 2)
+
+
+@both
+def test_gradient(options):
+    kernel, direction = normal(*SHAPE), normal(*SHAPE, seed=1)
+    gradient = jax.jit(jax.grad(lambda k: jw.conv_spectral_norm(k, IMAGE, **options)))(jnp.float32(kernel))
+    h = 1e-5
+    slope = (sigma(kernel + h * direction, IMAGE, **options) - sigma(kernel - h * direction, IMAGE, **options)) / (
+        2 * h
+    )
+    np.testing.assert_allclose(np.sum(np.float64(gradient) * direction), slope, rtol=1e-3)
+
+
+@both
+def test_vmap_zero_huge_and_nan_kernels(options):
+    kernel = np.float32(normal(*SHAPE))
+    kernels = jnp.stack([kernel, 0 * kernel, 1e30 * kernel, 1e-30 * kernel, np.nan * kernel])
+    norm = lambda k: jw.conv_spectral_norm(k, IMAGE, **options)
+    found, gradients = jax.jit(jax.vmap(jax.value_and_grad(norm)))(kernels)
+    expected = sigma(kernel.astype(np.float64), IMAGE, **options)
+    np.testing.assert_allclose(found, expected * np.array([1, 0, 1e30, 1e-30, np.nan]), rtol=1e-5)
+    assert jnp.isfinite(gradients[:4]).all()
+
+
+@both
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_16_bits(options, dtype):
+    kernel = jnp.asarray(normal(*SHAPE), dtype)
+    found = jax.jit(lambda k: jw.conv_spectral_norm(k, IMAGE, **options))(kernel)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, sigma(np.float64(kernel), IMAGE, **options), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel_shape", "input_shape"), [((3, 0, 2), (5, 0)), ((3, 2, 0), (5, 2))])
+@both
+def test_nothing(kernel_shape, input_shape, options):
+    assert jw.conv_spectral_norm(jnp.zeros(kernel_shape), input_shape, **options) == 0
+
+
+@pytest.mark.parametrize(("strides", "dilation"), [(1, 1), (2, 1), (2, 2)])
+def test_circular_padding_of_a_larger_image_bounds_zero_padding(strides, dilation):
+    for seed in range(3):
+        kernel = normal(3, 2, 2, 3, seed=seed)
+        options = {"strides": strides, "dilation": dilation}
+        larger = [-(-(n + dilation * (k - 1)) // strides) * strides for n, k in zip((5, 6), (3, 2), strict=True)]
+        bound = sigma(kernel, (*larger, 2), padding="CIRCULAR", **options)
+        for padding in ("SAME", "VALID", [(2, 3), (1, 2)]):
+            assert sigma(kernel, (5, 6, 2), padding=padding, **options) <= bound * (1 + 1e-12)
+
+
+# ConvSpectralNorm
+
+LAYERS = [
+    ((3, 3, 4, 3), (6, 5, 4), {}),
+    ((4, 4, 2, 4), (9, 8, 2), {"strides": 2}),
+    ((3, 1, 4), (8, 4), {"groups": 4, "padding": "CIRCULAR"}),
+]
+
+
+@pytest.mark.parametrize(("kernel_shape", "input_shape", "options"), LAYERS)
+def test_transform_makes_the_layer_of_norm_1(kernel_shape, input_shape, options):
+    w, t = jnp.float32(normal(*kernel_shape)), jw.ConvSpectralNorm(input_shape, n_steps=30, **options)
+    state = t.update(w, t.init(w, jax.random.key(0)))
+    new = jax.jit(t.apply)(w, state)
+    np.testing.assert_allclose(sigma(np.float64(new), input_shape, **options), 1, rtol=1e-4)
+    total = lambda f: jax.jit(jax.grad(lambda w: jnp.sum(jnp.sin(f(w)))))(w)
+    exact = total(lambda w: w / jw.conv_spectral_norm(w, input_shape, **options))
+    np.testing.assert_allclose(total(lambda w: t.apply(w, state)), exact, atol=2e-3 * np.abs(exact).max())
+
+
+def test_transform_keeps_a_zero_kernel_and_recovers():
+    w, t = jnp.zeros(SHAPE), jw.ConvSpectralNorm(IMAGE)
+    state = t.update(w, t.init(w, jax.random.key(0)))
+    assert not t.apply(w, state).any()
+    w = jnp.float32(normal(*SHAPE))
+    for _ in range(20):
+        state = t.update(w, state)
+    np.testing.assert_allclose(sigma(np.float64(t.apply(w, state)), IMAGE), 1, rtol=1e-4)
+
+
+def test_transform_takes_lists_and_stays_hashable():
+    t = jw.ConvSpectralNorm([6, 5, 2], strides=[1, 2], padding=[[1, 1], (0, 1)], dilation=[1, 1])
+    same = jw.ConvSpectralNorm((6, 5, 2), strides=(1, 2), padding=((1, 1), (0, 1)), dilation=(1, 1))
+    assert t == same and hash(t) == hash(same)
