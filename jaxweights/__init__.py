@@ -14,6 +14,7 @@ from jaxweights.lifts.capture import capture
 from jaxweights.lifts.fold_batch_norm import fold_batch_norms
 from jaxweights.lifts.mup import mup_init
 from jaxweights.lifts.optax import add_weight_decay, project, scale_by_mup
+from jaxweights.lifts.readings import read_axes
 from jaxweights.lifts.rewrite import reinitialize, tie
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
 from jaxweights.stored import Stored, matmul
@@ -172,6 +173,7 @@ __all__ = [
     "project_l1_sphere",
     "project_simplex",
     "quantize",
+    "read_axes",
     "reinitialize",
     "repair",
     "rms_norm",

@@ -9,7 +9,7 @@ in several places, or in each step of a loop that shares it, is added.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -65,6 +65,17 @@ def visit_contractions(
         order = sorted(range(len(use.lead)), key=use.lead.__getitem__)
         values[use.path] = jax.tree.map(lambda a, o=order: jnp.transpose(a, (*o, *range(len(o), jnp.ndim(a)))), value)
     return jax.tree.unflatten(jax.tree.structure(shape), out), values
+
+
+def check_found(name: str, params: Any, where: Where | None, found: Collection[str]) -> None:
+    """Raises if a weight that was asked for is not multiplied by data; `name` is that of the function that asks."""
+    paths, leaves, _ = flatten(params)
+    missed = [paths[i] for i in select(paths, leaves, [(None, True)], where) if paths[i] not in found]
+    if missed and (where is not None or not found):
+        raise ValueError(
+            f"{name} found no product of data with {', '.join(map(repr, missed))}: leave out of `where` what is not "
+            f"used, looked up, or reshaped or sliced before"
+        )
 
 
 _DATA = object()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, infer_axes
-from jaxweights.lifts.paths import flatten, is_weight, naming, select
+from jaxweights.lifts.paths import check_axes, flatten, is_weight, naming, select
 from jaxweights.techniques.initialization import MupScales, mup
 
 
@@ -35,7 +35,7 @@ def mup_init(params: Any, base: Any, *, axes: Mapping[str, Axes] | None = None) 
     Args:
       params: any pytree of weights, as the model's `init` gives it.
       base: the tree of the same model at another width, arrays or shapes: `jax.eval_shape(narrow.init, key, x)`.
-      axes: {path: Axes} for kernels whose reading does not follow from the tree.
+      axes: {path: Axes} for kernels whose reading does not follow from the tree; `read_axes` has it from the model.
 
     Returns:
       A tree like `params`.
@@ -67,14 +67,9 @@ def mup_scales(name: str, params: Any, base: Any, axes: Mapping[str, Axes] | Non
     paths, leaves, _ = flatten(params)
     weights = {p: jnp.shape(a) for p, a in zip(paths, leaves, strict=True) if is_weight(a)}
     base_shapes = {p: tuple(a.shape) for p, a in zip(*flatten(base)[:2], strict=True) if hasattr(a, "shape")}
-    given = {} if axes is None else axes
-    if not isinstance(given, Mapping):
-        raise TypeError(f"axes must be a dict {{path: Axes}}, got {given!r}")
-    for path in given:
-        if path not in weights:
-            raise ValueError(f"axes names {path!r}, which is not in the tree. It has: {', '.join(weights)}")
+    given = check_axes(axes, list(weights))
     matrices = {paths[i] for i in select(paths, leaves, [(None, None)])}
-    inferred = infer_axes(base_shapes) | infer_axes(weights) | dict(given)
+    inferred = infer_axes(base_shapes) | infer_axes(weights) | given
     scales = {}
     for path, shape in weights.items():
         if path not in base_shapes:

@@ -6,12 +6,14 @@ import contextlib
 import functools
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxweights.axes import Axes, axes_or_default
 
 T = TypeVar("T")
 Where = str | Sequence[str] | Callable[[str, jax.Array], bool]
@@ -106,6 +108,19 @@ def check_structure(name: str, what: str, updates: Any, params: Any) -> None:
                 f"{name}: {what} at {path!r} has shape {jnp.shape(u)}, params {shapes[path]}: pass the parameters "
                 f"of these gradients"
             )
+
+
+def check_axes(axes: Mapping[str, Axes] | None, paths: Sequence[str]) -> dict[str, Axes]:
+    """`axes` as a dict, or an error unless it is {path: Axes} of paths that there are, or None."""
+    if axes is None:
+        return {}
+    if not isinstance(axes, Mapping):
+        raise TypeError(f"axes must be a dict {{path: Axes}}, got {axes!r}")
+    for path, value in axes.items():
+        if path not in paths:
+            raise ValueError(f"axes names {path!r}, which is not in the tree. It has: {', '.join(paths)}")
+        axes_or_default(value, 2)
+    return dict(axes)
 
 
 def _matching(among: list[int], paths: Sequence[str], leaves: Sequence[Any], where: Where) -> list[int]:

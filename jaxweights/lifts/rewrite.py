@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import infer_axes
-from jaxweights.lifts.paths import flatten, is_weight, key_of, select
+from jaxweights.axes import Axes, infer_axes
+from jaxweights.lifts.paths import check_axes, flatten, is_weight, key_of, select
 from jaxweights.techniques.initialization import Initializer
 
 
@@ -56,7 +56,13 @@ def tie(params: Any, ties: Mapping[str, str]) -> Any:
     return jax.tree_util.tree_unflatten(treedef, new)
 
 
-def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) -> Any:
+def reinitialize(
+    params: Any,
+    key: jax.Array,
+    rules: Mapping[str, Initializer],
+    *,
+    axes: Mapping[str, Axes] | None = None,
+) -> Any:
     """Draws the weights of a tree anew, by rules on their paths.
 
     Args:
@@ -67,6 +73,7 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
         `(key, shape, dtype) -> array`, ours or JAX's. One that takes `axes`, and has not got them by
         `functools.partial`, is given those that follow from the tree (attention, stacks). Weights that no rule matches
         are kept.
+      axes: {path: Axes} for kernels whose reading does not follow from the tree; `read_axes` has it from the model.
 
     Returns:
       A tree like `params`.
@@ -85,24 +92,32 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
     for glob, rule in rules.items():
         if not callable(rule):
             raise TypeError(f"the rule {glob!r} must be an initializer (key, shape, dtype) -> array, got {rule!r}")
+    paths, leaves, _ = flatten(params)
+    given = check_axes(axes, [p for p, a in zip(paths, leaves, strict=True) if is_weight(a)])
+    chosen = {paths[i]: initializer for i, initializer in select(paths, leaves, list(rules.items())).items()}
+    return redraw("reinitialize", params, key, chosen, given)
+
+
+def redraw(name: str, params: Any, key: jax.Array, chosen: Mapping[str, Initializer], axes: Mapping[str, Axes]) -> Any:
+    """`params` with the weights of `chosen`, by path, drawn anew. `name` is that of the function that asks."""
     paths, leaves, treedef = flatten(params)
-    inferred = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
-    for i, initializer in select(paths, leaves, list(rules.items())).items():
-        old = leaves[i]
-        options = {"axes": inferred[paths[i]]} if paths[i] in inferred and _takes_axes(initializer) else {}
+    readings = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)}) | dict(axes)
+    for i, path in enumerate(paths):
+        if path not in chosen:
+            continue
+        initializer, old = chosen[path], leaves[i]
+        options = {"axes": readings[path]} if path in readings and _takes_axes(initializer) else {}
         try:
-            new = initializer(key_of(key, paths[i]), old.shape, old.dtype, **options)
+            new = initializer(key_of(key, path), old.shape, old.dtype, **options)
         except (TypeError, ValueError) as e:
             if type(e) not in (TypeError, ValueError):
                 raise
-            raise type(e)(f"reinitialize at {paths[i]!r}: {e}") from e
+            raise type(e)(f"{name} at {path!r}: {e}") from e
         if callable(new):
-            raise TypeError(
-                f"reinitialize at {paths[i]!r}: the rule is a factory, it returned a function: call it first"
-            )
+            raise TypeError(f"{name} at {path!r}: the rule is a factory, it returned a function: call it first")
         if jnp.shape(new) != old.shape or jnp.result_type(new) != old.dtype:
             raise ValueError(
-                f"reinitialize at {paths[i]!r}: the initializer returned {jnp.result_type(new)}{list(jnp.shape(new))}: "
+                f"{name} at {path!r}: the initializer returned {jnp.result_type(new)}{list(jnp.shape(new))}: "
                 f"it must return {old.dtype}{list(old.shape)}"
             )
         leaves[i] = new

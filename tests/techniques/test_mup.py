@@ -5,7 +5,7 @@ import math
 import pytest
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, Axes
+from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, Axes, depthwise
 
 mup = jw.initializers.mup
 VECTOR = Axes(input=(), output=0)
@@ -15,6 +15,8 @@ ROLES = {
     "input": (lambda n: (30, n), None, (0, 0, 1)),
     "convolution of an image": (lambda n: (3, 3, 1, n), None, (0, 0, 1)),
     "embedding": (lambda n: (5000, n), None, (0, 0, 1)),
+    "depthwise convolution": (lambda n: (3, 3, 1, n), depthwise(64), (0, 0, 1)),
+    "grouped convolution": (lambda n: (3, 3, n // 4, n), depthwise(4), (0, -1, 0)),
     "bias": (lambda n: (n,), VECTOR, (0, 0, 1)),
     "bias of the output": (lambda n: (10,), VECTOR, (0, 0, 0)),
     "hidden": (lambda n: (n, 4 * n), None, (0, -1, 0)),

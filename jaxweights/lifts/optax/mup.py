@@ -29,7 +29,7 @@ def scale_by_mup(
       base: the tree of the same model at another width, arrays or shapes: `jax.eval_shape(narrow.init, key, x)`.
       adaptive: whether the size of updates does not depend on that of the gradients: so for Adam, RMSProp, Adagrad,
         Lion, not so for SGD with or without momentum.
-      axes: {path: Axes} for kernels whose reading does not follow from the tree.
+      axes: {path: Axes} for kernels whose reading does not follow from the tree; `read_axes` has it from the model.
 
     Returns:
       An optax gradient transformation without state. Its `update` needs `params`.

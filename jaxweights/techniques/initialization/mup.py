@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,7 +62,9 @@ def mup(shape: Sequence[int], base_shape: Sequence[int], *, axes: Axes | None = 
         raise ValueError(f"{both} differ in rank: give the base of the same model at another width")
     if any(shape[a] != base_shape[a] for a in Reading.of(axes, shape).batch):
         raise ValueError(f"{both} differ in a batch axis: muP scales widths, so give the base as many layers")
-    (n_in, n_out), (base_in, base_out) = fans(shape, axes), fans(base_shape, axes)
+    # The outputs of all groups count: more channels make a depthwise convolution wider, as they do a bias.
+    whole = axes if axes is None else dataclasses.replace(axes, groups=1)
+    (n_in, n_out), (base_in, base_out) = fans(shape, whole), fans(base_shape, whole)
     if 0 in (n_in, n_out, base_in, base_out):
         raise ValueError(f"{both}: a weight without inputs or outputs has no scale")
     r_in, r_out = n_in / base_in, n_out / base_out
