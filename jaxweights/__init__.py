@@ -16,6 +16,7 @@ from jaxweights.lifts.mup import mup_init
 from jaxweights.lifts.optax import add_weight_decay, project, scale_by_mup
 from jaxweights.lifts.rewrite import reinitialize, tie
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
+from jaxweights.lifts.units import UnitGroup, UnitSlot, mask_units, remove_units, unit_groups, unit_norms
 from jaxweights.stored import Stored, matmul
 from jaxweights.techniques import initialization as initializers
 from jaxweights.techniques.batch_norm import (
@@ -126,6 +127,8 @@ __all__ = [
     "Transform",
     "TreeState",
     "TreeTransform",
+    "UnitGroup",
+    "UnitSlot",
     "WeightNorm",
     "WeightStandardization",
     "add_weight_decay",
@@ -159,6 +162,7 @@ __all__ = [
     "lecun_uniform",
     "linen",
     "magnitude_mask",
+    "mask_units",
     "matmul",
     "merge_stats",
     "mup_init",
@@ -173,6 +177,7 @@ __all__ = [
     "project_simplex",
     "quantize",
     "reinitialize",
+    "remove_units",
     "repair",
     "rms_norm",
     "running_stats",
@@ -185,6 +190,8 @@ __all__ = [
     "tie",
     "to_bcoo",
     "to_csr",
+    "unit_groups",
+    "unit_norms",
     "wanda_mask",
     "weight_decay",
     "weight_normalize",

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxweights.axes import Axes, axis_tuple
+from jaxweights.lifts.calls import CALLS, called
 from jaxweights.lifts.paths import Where, flatten, select
 from jaxweights.lifts.products import PRODUCTS, Contraction, Weight
 
@@ -123,8 +124,8 @@ class _Walk:
     def equation(self, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, ins: list, marks: list, depth: int):
         name = eqn.primitive.name
         weights = {m for m in marks if isinstance(m, Weight)}
-        if weights and name in _CALLS:
-            return self.program(_inner(eqn), ins, marks, depth)
+        if weights and name in CALLS:
+            return self.program(called(eqn), ins, marks, depth)
         if weights and name == "scan":
             return self.scan(eqn, ins, marks, depth)
         if weights and name == "cond":
@@ -202,23 +203,12 @@ class _Walk:
         return outs, same, found
 
 
-# Programs within an equation that are evaluated in its place, once.
-_CALLS = {
-    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-}
 # Of these, an output of the shape of a weight is that weight still.
 _ELEMENTWISE = {
     *("convert_element_type", "copy", "copy_p", "mesh_cast", "optimization_barrier", "reduce_precision", "reshard"),
     *("abs", "add", "clamp", "div", "floor", "max", "min", "mul", "neg", "round", "select_n", "sign", "sub"),
     *("sharding_constraint", "stop_gradient"),
 }
-
-
-def _inner(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
-    """The program that a call runs."""
-    (program,) = (p for p in eqn.params.values() if isinstance(p, core.Jaxpr | core.ClosedJaxpr))
-    return core.ClosedJaxpr(program, ()) if isinstance(program, core.Jaxpr) else program
 
 
 def _evaluate(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, ins: list) -> list:
