@@ -14,7 +14,9 @@ from jaxweights.lifts.capture import capture
 from jaxweights.lifts.fold_batch_norm import fold_batch_norms
 from jaxweights.lifts.mup import mup_init
 from jaxweights.lifts.optax import add_weight_decay, project, scale_by_mup
+from jaxweights.lifts.plots import plot_density, plot_mask
 from jaxweights.lifts.rewrite import reinitialize, tie
+from jaxweights.lifts.summary import Summary, WeightSummary, summarize
 from jaxweights.lifts.tree import TreeState, TreeTransform, on_tree
 from jaxweights.lifts.units import UnitGroup, UnitSlot, mask_units, remove_units, unit_groups, unit_norms
 from jaxweights.stored import Stored, matmul
@@ -124,6 +126,7 @@ __all__ = [
     "Sparsify",
     "SpectralNorm",
     "Stored",
+    "Summary",
     "Transform",
     "TreeState",
     "TreeTransform",
@@ -131,6 +134,7 @@ __all__ = [
     "UnitSlot",
     "WeightNorm",
     "WeightStandardization",
+    "WeightSummary",
     "add_weight_decay",
     "axes",
     "batch_norm",
@@ -171,6 +175,8 @@ __all__ = [
     "orthogonalize",
     "pack",
     "pack_blocks",
+    "plot_density",
+    "plot_mask",
     "project",
     "project_l1_ball",
     "project_l1_sphere",
@@ -187,6 +193,7 @@ __all__ = [
     "sparsify",
     "spectral_norm",
     "spectral_normalize",
+    "summarize",
     "tie",
     "to_bcoo",
     "to_csr",

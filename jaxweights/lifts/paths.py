@@ -21,13 +21,13 @@ STATE = "weight_transform"
 """The name under which Linen and NNX modules keep the state of their transforms, beside the parameters."""
 
 
-def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[str], list[Any], Any]:
     """(paths, leaves, treedef) of any pytree.
 
     A path joins dictionary keys, indices and attribute names with "/". The array inside a Flax variable or
     box has the path of the variable: the last ".value" is left out.
     """
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     return [_join(keys) for keys, _ in keyed], [leaf for _, leaf in keyed], treedef
 
 

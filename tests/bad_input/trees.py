@@ -91,6 +91,13 @@ CASES = [
         T,
         "call remove_units outside of jit, or mask_units",
     ),
+    # Looking at trees.
+    ("summarize nothing", lambda: jw.summarize({"a": None}), V, "The floating-point arrays of this tree are: none"),
+    ("summarize where", lambda: jw.summarize(PARAMS, "**/weight"), V, PATHS),
+    ("summarize where 0", lambda: jw.summarize(PARAMS, 0), T, WHERE),
+    ("plot_density vectors", lambda: jw.plot_density(BIASES), V, "arrays of this tree are: encoder/bias (6,)"),
+    ("plot_mask integers", lambda: jw.plot_mask(integers(W)), T, "convert it with .astype(jnp.float32)"),
+    ("plot_mask axes", lambda: jw.plot_mask(W, axes=0), T, WRITE_AXES),
     # Trees.
     ("fold no such norm", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"m": "a"}), V, "There are: n"),
     ("fold no such layer", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"n": "b"}), V, "Kernels are at: a"),
