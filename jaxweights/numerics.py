@@ -1,4 +1,4 @@
-"""Numerics that more than one technique stands on: safe norms, straight-through, exact selection."""
+"""Numerics that more than one technique stands on: safe norms, straight-through, exact updates."""
 
 from __future__ import annotations
 
@@ -63,92 +63,20 @@ def _(primals, tangents):
     return primals[1], tangents[0].astype(primals[1].dtype)
 
 
-def automatic(f: Callable[..., Any], w: jax.Array, *arguments, like: jax.Array | None = None) -> Any:
+def automatic(f: Callable[..., Any], w: jax.Array, *arguments, like: Any = None) -> Any:
     """f(w, *arguments) with the shardings inside left to the compiler, whatever kind of mesh `w` lies on.
 
     On a mesh of explicit axes (`jax.make_mesh`'s default) a contraction or a scatter over a sharded axis must be told
-    how its result is sharded. This says it once: as `like`, or replicated, which suits small results.
+    how its result is sharded. This says it once: as `like`, an array or a tree of them as the result is, or replicated,
+    which suits small results.
     """
     mesh = jax.typeof(w).sharding.mesh
     if mesh.empty or not mesh.explicit_axes:
         return f(w, *arguments)
-    out = jax.sharding.PartitionSpec() if like is None else jax.typeof(like).sharding.spec
+    spec = lambda a: jax.typeof(a).sharding.spec
+    out = jax.sharding.PartitionSpec() if like is None else jax.tree.map(spec, like)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.auto_axes(f, out_sharding=out)(w, *arguments)
-
-
-def round_half_up(fraction: float | jax.Array, n: int) -> int | jax.Array:
-    """round(fraction·n) without passing a count through a float: exact for n up to 2³¹ − 1.
-
-    A Python `fraction` gives a Python integer. A traced float32 is clipped to [0, 1], read as a multiple of 2⁻²⁴ and
-    multiplied in 12-bit limbs, because float32 counts are wrong above 2²⁴.
-    """
-    if isinstance(fraction, int | float):
-        return math.floor(fraction * n + 0.5)
-    if n >= 2**31:
-        raise ValueError(f"a traced fraction of {n} entries does not fit 32-bit counts: pass a Python float")
-    a = jnp.round(jnp.clip(jnp.asarray(fraction, jnp.float32), 0, 1) * 2**24).astype(jnp.int32)
-    whole, rest = divmod(n, 2**24)
-    a1, a0 = a >> 12, a & 0xFFF
-    r1, r0 = rest >> 12, rest & 0xFFF
-    # a·rest + 2²³ (the half to round up), divided by 2²⁴, in limbs that stay below 2³¹.
-    low = a0 * r0
-    middle = a1 * r0 + a0 * r1 + (low >> 12) + 2**11
-    return a * whole + a1 * r1 + (middle >> 12)
-
-
-@jax.jit
-def smallest_mask(x: jax.Array, k: int | jax.Array) -> jax.Array:
-    """True at the `k` entries of smallest magnitude; equal magnitudes are taken in order of the flat index.
-
-    The same set as `jnp.argsort(jnp.abs(x).ravel(), stable=True)[:k]`, found without a sort: |x| read as an
-    integer is monotone, so the k-th magnitude is found digit by digit, each digit one pass of counts over `x`, and
-    the ties at it are cut at a flat index found the same way. Only counts cross devices, never weights. NaN sorts
-    above infinity. For up to 2³¹ − 1 entries.
-    """
-    if x.size >= 2**31:
-        raise ValueError(f"an array of {x.size} entries does not fit 32-bit counts: split it")
-    bits = jnp.finfo(x.dtype).bits
-    word = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[bits]
-    # Functions, not arrays: computed anew within each pass, they are never stored.
-    rank = lambda: jax.lax.bitcast_convert_type(x, word) & word(2 ** (bits - 1) - 1)
-    index = lambda: _flat_index(x.shape)
-    k = jnp.asarray(k, jnp.int32)
-
-    threshold = _threshold(word, bits, k, lambda t: rank() < t)
-    smaller, tied = rank() < threshold, rank() == threshold
-    needed = k - _counts(smaller, tied)[0]
-    cut = jax.lax.cond(
-        needed > 0,
-        lambda: _threshold(jnp.uint32, x.size.bit_length(), needed, lambda t: (rank() == threshold) & (index() < t)),
-        lambda: jnp.uint32(0),
-    )
-    return smaller | (tied & (index() < cut))
-
-
-_DIGIT = 4  # bits
-
-
-def _threshold(dtype, bits: int, k: jax.Array, below: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest t of so many bits for which `below(t)`, a mask that grows with t, is true at most `k` times."""
-    n_digits = -(-bits // _DIGIT)
-
-    def step(i, t):
-        shift = (_DIGIT * (n_digits - 1 - i)).astype(dtype)
-        counts = _counts(*(below(t | dtype(d) << shift) for d in range(1, 2**_DIGIT)))
-        return t | sum((n <= k).astype(dtype) for n in counts) << shift
-
-    return jax.lax.fori_loop(0, n_digits, step, dtype(0))
-
-
-def _counts(*masks: jax.Array) -> tuple[jax.Array, ...]:
-    """How many entries of each mask are true, all in one pass.
-
-    One reduction of many results: XLA for CPUs then fuses the comparisons into it, and stores none of the masks.
-    """
-    add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))
-    zeros = (jnp.int32(0),) * len(masks)
-    return jax.lax.reduce(tuple(m.astype(jnp.int32) for m in masks), zeros, add, tuple(range(masks[0].ndim)))
 
 
 def round_to(dtype, x: jax.Array) -> jax.Array:
@@ -201,12 +129,3 @@ def sum_within(center: jax.Array, d: jax.Array, dtype) -> jax.Array:
     s = round_to(dtype, center + d)
     beyond = jnp.abs(s - center) > jnp.abs(d)
     return jnp.where(beyond, jnp.nextafter(s.astype(dtype), center.astype(dtype)), s.astype(dtype))
-
-
-def _flat_index(shape: Sequence[int]) -> jax.Array:
-    index = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        index += jnp.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
-        stride *= shape[axis]
-    return index

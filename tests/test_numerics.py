@@ -1,4 +1,4 @@
-"""The shared numerics, against float64 NumPy, Python integers and sorting."""
+"""The shared numerics, against float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,8 @@ from x64 import enable_x64
 
 from jaxweights.numerics import (
     exact_delta,
-    round_half_up,
     safe_divide,
     safe_norm,
-    smallest_mask,
     straight_through,
     wide,
 )
@@ -117,87 +115,6 @@ def test_straight_through():
 def test_straight_through_forward_mode():
     _, tangent = jax.jvp(straight_through, (jnp.ones(2), jnp.zeros(2)), (jnp.array([1.0, 2.0]), jnp.full(2, 9.0)))
     np.testing.assert_array_equal(tangent, [1, 2])
-
-
-# round_half_up
-
-
-@quick
-@given(st.integers(0, 2**24), st.one_of(st.integers(0, 100), st.integers(0, 2**31 - 1), st.just(2**31 - 1)))
-def test_round_half_up_traced(a, n):
-    fraction = jnp.float32(a / 2**24)  # a multiple of 2⁻²⁴ is exact in float32
-    assert int(round_half_up(fraction, n)) == (a * n + 2**23) >> 24
-
-
-def test_round_half_up_traced_in_bulk():
-    a = np.random.default_rng(0).integers(0, 2**24 + 1, 10_000)
-    a[:3] = 0, 2**24, 2**23
-    for n in (0, 1, 2, 7, 4095, 2**12, 2**24 - 1, 2**24, 2**24 + 1, 2**30 + 12345, 2**31 - 2, 2**31 - 1):
-        counts = jax.jit(round_half_up, static_argnums=1)(jnp.float32(a / 2**24), n)
-        np.testing.assert_array_equal(counts, (a.astype(object) * n + 2**23) >> 24)
-
-
-def test_round_half_up_python():
-    assert [round_half_up(f, 10) for f in (0, 0.04, 0.05, 0.15, 0.25, 0.5, 1)] == [0, 0, 1, 2, 3, 5, 10]
-    assert round_half_up(0.5, 2**40 + 1) == 2**39 + 1
-
-
-def test_round_half_up_clips_a_traced_fraction():
-    assert int(round_half_up(jnp.float32(1.5), 2**31 - 1)) == 2**31 - 1
-    assert int(round_half_up(jnp.float32(-0.5), 2**31 - 1)) == 0
-
-
-def test_round_half_up_error():
-    with pytest.raises(ValueError, match="32-bit counts"):
-        round_half_up(jnp.float32(0.5), 2**31)
-
-
-# smallest_mask
-
-
-def argsort_rule(x, k):
-    """The k smallest magnitudes, ties by flat index, NaN last."""
-    order = np.argsort(np.abs(np.asarray(x, np.float64)).ravel(), kind="stable")
-    mask = np.zeros(np.size(x), bool)
-    mask[order[:k]] = True
-    return mask.reshape(np.shape(x))
-
-
-@pytest.mark.parametrize("dtype", [*FLOATS, jnp.float8_e4m3fn], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("shape", [(1,), (8,), (31, 3)], ids=str)
-def test_smallest_mask(dtype, shape):
-    """Hundreds of arrays and every k at once: normal, with ties, with zeros, with special values, all equal."""
-    rng = np.random.default_rng(0)
-    n, cases = int(np.prod(shape)), 60
-    x = rng.normal(size=(cases, *shape)) * 10.0 ** rng.integers(-3, 3, (cases, *([1] * len(shape))))
-    x[10:25] = rng.integers(-2, 3, (15, *shape))
-    special = [np.nan, -np.nan, 0.0, -0.0, 1.0, -1.0, 2.0**-6]
-    special += [] if dtype == jnp.float8_e4m3fn else [np.inf, -np.inf, float(jnp.finfo(dtype).smallest_subnormal)]
-    x[25:55] = rng.choice(special, (30, *shape))
-    x[55] = 0
-    x[56] = np.nan
-    x = np.asarray(x).astype(dtype)
-    k = np.concatenate([[0, n, n // 2], rng.integers(0, n + 1, 5)])
-    got = jax.jit(jax.vmap(jax.vmap(smallest_mask, (None, 0)), (0, None)))(jnp.asarray(x), jnp.asarray(k))
-    expected = np.stack([[argsort_rule(v, j) for j in k] for v in x])
-    np.testing.assert_array_equal(got, expected)
-
-
-def test_smallest_mask_float64():
-    with enable_x64(True):
-        x = np.concatenate([1 + normal(50) * 1e-12, [0, 0, np.nan, np.inf]])
-        for k in (0, 1, 3, 25, 53, 54):
-            np.testing.assert_array_equal(smallest_mask(jnp.asarray(x), k), argsort_rule(x, k))
-
-
-def test_smallest_mask_of_a_million():
-    x = np.float32(normal(1000, 1000).round(3))  # a thousand ties at each magnitude
-    np.testing.assert_array_equal(smallest_mask(jnp.asarray(x), 300_001), argsort_rule(x, 300_001))
-
-
-def test_smallest_mask_of_scalars_and_nothing():
-    assert not smallest_mask(jnp.float32(2), 0) and smallest_mask(jnp.float32(2), 1)
-    assert smallest_mask(jnp.zeros((0, 3)), 0).shape == (0, 3)
 
 
 # exact_delta

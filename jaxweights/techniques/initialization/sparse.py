@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxweights.axes import Axes, axes_or_default
 from jaxweights.checks import check_scalar, check_shape
-from jaxweights.numerics import round_half_up
+from jaxweights.counts import round_half_up
 from jaxweights.techniques.initialization.distributions import normal
 from jaxweights.techniques.initialization.orthogonal import matrix_shape
 from jaxweights.transform import Number

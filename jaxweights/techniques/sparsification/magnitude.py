@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.checks import check_scalar, check_state, check_weight
-from jaxweights.numerics import round_half_up, smallest_mask, wide
+from jaxweights.counts import share
+from jaxweights.numerics import wide
+from jaxweights.selection import smallest_mask
 from jaxweights.transform import Number, Scalar, Transform
 
 
@@ -45,7 +47,7 @@ def magnitude_mask(w: jax.Array, sparsity: Number) -> jax.Array:
     magnitudes the one with the lower flat index goes first. The count is exact at any size.
 
     Args:
-      w: float array of any shape, up to 2³¹ − 1 weights.
+      w: float array of any shape.
       sparsity: fraction of zeros in [0, 1], a number or a scalar array.
 
     Returns:
@@ -53,7 +55,7 @@ def magnitude_mask(w: jax.Array, sparsity: Number) -> jax.Array:
 
     Raises:
       TypeError: `w` is not a float array, or `sparsity` not a number.
-      ValueError: `sparsity` is NaN or outside [0, 1], or `w` is too large.
+      ValueError: `sparsity` is NaN or outside [0, 1].
 
     >>> import jax.numpy as jnp
     >>> print(magnitude_mask(jnp.array([0.3, -2.0, 0.1, 1.0]), 0.5))
@@ -66,7 +68,7 @@ def magnitude_mask(w: jax.Array, sparsity: Number) -> jax.Array:
     check_scalar("sparsity", sparsity, 0, 1)
     if w.size == 0:
         return jnp.ones(w.shape, bool)
-    return ~smallest_mask(w, round_half_up(sparsity, w.size))
+    return ~smallest_mask(w, share(sparsity, w.size))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jaxweights.axes import Axes, axes_or_default
 from jaxweights.checks import check_integer, check_scalar, check_weight
-from jaxweights.numerics import round_half_up, smallest_mask
+from jaxweights.counts import round_half_up
 from jaxweights.second_moment import inverse_factor, with_second_moment
+from jaxweights.selection import smallest_mask
 from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity, largest_of_each
 from jaxweights.transform import Number
 

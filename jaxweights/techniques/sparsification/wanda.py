@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading, axes_or_default
 from jaxweights.checks import check_weight
-from jaxweights.numerics import automatic, round_half_up, smallest_mask, wide
+from jaxweights.counts import share
+from jaxweights.numerics import automatic, wide
+from jaxweights.selection import smallest_mask
 from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity, largest_of_each
 
 
@@ -58,10 +62,8 @@ def _mask(w: jax.Array, norm: jax.Array, axes: Axes, sparsity: Sparsity) -> jax.
     w, r = Reading.of(axes, shape).split_groups(w)
     scores = jnp.abs(w).astype(wide(w.dtype)) * _laid_out(norm.astype(wide(norm.dtype)), r, w.shape)
     if not isinstance(sparsity, tuple):
-        select = lambda s: smallest_mask(s, round_half_up(sparsity, s.size))
-        for axis in sorted((*r.batch, *r.output)):
-            select = jax.vmap(select, axis, axis)
-        return ~select(scores).reshape(shape)
+        n_inputs = math.prod(w.shape[a] for a in r.contracted)
+        return ~smallest_mask(scores, share(sparsity, n_inputs), axis=r.contracted).reshape(shape)
     n, m = sparsity
     matrix = axes.matrix(scores.reshape(shape))
     groups = matrix.reshape(*matrix.shape[:-2], -1, m, matrix.shape[-1])
