@@ -45,7 +45,8 @@ def fold_batch_norms(model: M, layers: Mapping[str, str], *, axes: Mapping[str, 
     (4,)
     """
     model = nnx.clone(model)
-    modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    nodes = nnx.iter_graph(model)
+    modules: dict[str, Any] = {"/".join(map(str, path)): m for path, m in nodes if isinstance(m, nnx.Module)}
     norms = {path: m for path, m in modules.items() if isinstance(m, BatchNorm | nnx.BatchNorm)}
     kernels = [path for path, m in modules.items() if isinstance(getattr(m, "kernel", None), nnx.Variable)]
     check_layers(layers, axes or {}, norms, kernels)
