@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes
-from jaxweights.checks import check_scalar, check_state
+from jaxweights.checks import check_scalar, check_state, naming
 
 State = dict[str, jax.Array]
 Number = float | jax.Array
@@ -38,6 +38,16 @@ class Transform:
     """
 
     learned: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def joint(self) -> bool:
+        """Whether it sees several weights at once: its verbs then take and return dicts by path.
+
+        `init({path: w}, {path: key})`, `update({path: w}, {path: state}, {path: grad})`,
+        `apply({path: w}, {path: state})`, `anchor` and `with_axes({path: axes})` alike. All weights that a rule of
+        `on_tree` selects come together.
+        """
+        return False
 
     def init(self, w: jax.Array, key: jax.Array) -> State:
         """The state for the weight `w`; `key` is a `jax.random` key for those that draw."""
@@ -109,43 +119,113 @@ class Chain(Transform):
         learned = frozenset(f"{i}.{n}" for i, t in enumerate(transforms) for n in t.learned)
         object.__setattr__(self, "learned", learned)
 
-    def init(self, w, key):
+    @property
+    def joint(self) -> bool:
+        """If one of them is."""
+        return any(t.joint for t in self.transforms)
+
+    def init(self, w: Any, key: Any) -> Any:
         """The states of all, each made for the weight as the ones before it leave it."""
         state: State = {}
-        for i, t in enumerate(self.transforms):
-            part = t.init(w, jax.random.fold_in(key, i))
+        for i, t in enumerate(self._members):
+            part = t.init(w, jax.tree.map(lambda k, i=i: jax.random.fold_in(k, i), key))
             w = t.apply(w, part)
-            state |= {f"{i}.{n}": a for n, a in part.items()}
+            state = self._with(i, part, state)
         return state
 
-    def update(self, w, state, grad=None):
+    def update(self, w: Any, state: Any, grad: Any = None) -> Any:
         """Updates each on the weight as the ones before it leave it."""
         new: State = {}
-        for i, t in enumerate(self.transforms):
+        for i, t in enumerate(self._members):
             part = t.update(w, self._part(i, state), grad)
             w = t.apply(w, part)
-            new |= {f"{i}.{n}": a for n, a in part.items()}
+            new = self._with(i, part, new)
         return new
 
-    def apply(self, w, state):
+    def apply(self, w: Any, state: Any) -> Any:
         """Applies each in turn."""
-        for i, t in enumerate(self.transforms):
+        for i, t in enumerate(self._members):
             w = t.apply(w, self._part(i, state))
         return w
 
-    def anchor(self, w, state):
+    def anchor(self, w: Any, state: Any) -> Any:
         """That of the last."""
         last = len(self.transforms) - 1
-        return self.transforms[last].anchor(w, self._part(last, state))
+        return self._members[last].anchor(w, self._part(last, state))
 
-    def with_axes(self, axes):
+    def with_axes(self, axes: Any) -> Transform:
         """The chain of the members with `axes`."""
-        return Chain(*(t.with_axes(axes) for t in self.transforms))
+        return Chain(*(t.with_axes(axes) for t in self._members))
+
+    @property
+    def _members(self) -> tuple[Transform, ...]:
+        """All joint if one of them is."""
+        return tuple(Each(t) if self.joint and not t.joint else t for t in self.transforms)
+
+    def _with(self, i: int, part: State, state: State) -> State:
+        """`state` and the part of the i-th."""
+        if self.joint:
+            return {p: _named(i, s, state.get(p, {})) for p, s in part.items()}  # type: ignore
+        return _named(i, part, state)
 
     def _part(self, i: int, state: State) -> State:
         check_state(state)
-        prefix = f"{i}."
-        return {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
+        if self.joint:
+            return {p: _own(i, s) for p, s in state.items()}  # type: ignore
+        return _own(i, state)
+
+
+def _named(i: int, part: State, state: State) -> State:
+    return state | {f"{i}.{n}": a for n, a in part.items()}
+
+
+def _own(i: int, state: State) -> State:
+    prefix = f"{i}."
+    return {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Each(Transform):
+    """A transform of one weight as a joint one, that treats each by itself: a member of a joint `Chain`."""
+
+    transform: Transform
+    axes: tuple[tuple[str, Axes], ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "learned", self.transform.learned)
+
+    @property
+    def joint(self) -> bool:
+        """Yes."""
+        return True
+
+    def init(self, w: Any, key: Any) -> Any:
+        """The state of each."""
+        return self._each(w, lambda t, p: t.init(w[p], key[p]))
+
+    def update(self, w: Any, state: Any, grad: Any = None) -> Any:
+        """Updates each."""
+        return self._each(w, lambda t, p: t.update(w[p], state.get(p, {}), (grad or {}).get(p)))
+
+    def apply(self, w: Any, state: Any) -> Any:
+        """Applies it to each."""
+        return self._each(w, lambda t, p: t.apply(w[p], state.get(p, {})))
+
+    def anchor(self, w: Any, state: Any) -> Any:
+        """That of each."""
+        return self._each(w, lambda t, p: t.anchor(w[p], state.get(p, {})))
+
+    def with_axes(self, axes: Any) -> Transform:
+        """With the axes of each path."""
+        return dataclasses.replace(self, axes=tuple(sorted(axes.items())))
+
+    def _each(self, w, f) -> dict[str, Any]:
+        axes, results = dict(self.axes), {}
+        for path in w:
+            t = self.transform.with_axes(axes[path]) if path in axes else self.transform
+            with naming(type(t).__name__, path):
+                results[path] = f(t, path)
+        return results
 
 
 def check_transform(where: str, t) -> None:

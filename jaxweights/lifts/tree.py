@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxweights.axes import infer_axes
-from jaxweights.lifts.paths import Where, check_structure, flatten, is_weight, key_of, naming, select
+from jaxweights.checks import naming
+from jaxweights.lifts.paths import Where, check_structure, flatten, is_weight, key_of, select
 from jaxweights.transform import State, Transform, check_transform
 
 
@@ -61,7 +62,8 @@ class TreeTransform:
             grad_paths, grad_leaves, _ = flatten(grads)
             by_path = dict(zip(grad_paths, grad_leaves, strict=True))
         work = {i: (t, (leaves[i], self._state(paths[i], state, t), by_path.get(paths[i]))) for i, t in chosen.items()}
-        for i in [i for i in work if paths[i] not in state.fixed]:  # nothing to move; the transform checks that
+        idle = [i for i, (t, _) in work.items() if paths[i] not in state.fixed and not t.joint]
+        for i in idle:  # nothing to move; the transform checks that
             t, arguments = work.pop(i)
             with naming(type(t).__name__, paths[i]):
                 t.update(*arguments)
@@ -76,16 +78,17 @@ class TreeTransform:
         paths, leaves, treedef = flatten(params)
         chosen = self._chosen(paths, leaves)
         self._check(state, paths, chosen)
-        for i, t in chosen.items():
-            with naming(type(t).__name__, paths[i]):
-                leaves[i] = t.apply(leaves[i], self._state(paths[i], state, t))
+        work = {i: (t, (leaves[i], self._state(paths[i], state, t))) for i, t in chosen.items()}
+        for i, new in _by_weight(work, paths, lambda t, w, s: t.apply(w, s)).items():
+            leaves[i] = new
         return jax.tree_util.tree_unflatten(treedef, leaves)
 
     def anchors(self, params: Any, state: TreeState) -> dict[str, float | jax.Array]:
         """The anchor of each selected weight, by path: the side on which `project` rounds."""
         paths, leaves, _ = flatten(params)
         chosen = self._chosen(paths, leaves)
-        return {paths[i]: t.anchor(leaves[i], self._state(paths[i], state, t)) for i, t in chosen.items()}
+        work = {i: (t, (leaves[i], self._state(paths[i], state, t))) for i, t in chosen.items()}
+        return {paths[i]: a for i, a in _by_weight(work, paths, lambda t, w, s: t.anchor(w, s)).items()}
 
     def selected(self, params: Any) -> dict[str, Transform]:
         """The transform of each selected weight, by path: what `where` and the rules come to on this tree."""
@@ -95,7 +98,12 @@ class TreeTransform:
     def _chosen(self, paths: list[str], leaves: list[Any]) -> dict[int, Transform]:
         chosen = select(paths, leaves, self.rules, self.where)
         inferred = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
-        return {i: t.with_axes(inferred[paths[i]]) if paths[i] in inferred else t for i, t in sorted(chosen.items())}
+        told = {i: inferred[paths[i]] for i in chosen if paths[i] in inferred}
+        joint = {}
+        for t in {id(t): t for t in chosen.values() if t.joint}.values():
+            joint[id(t)] = t.with_axes({paths[i]: a for i, a in told.items() if chosen[i] is t})
+        spec = lambda i, t: joint[id(t)] if t.joint else t.with_axes(told[i]) if i in told else t
+        return {i: spec(i, t) for i, t in sorted(chosen.items())}
 
     def _check(self, state: TreeState, paths: list[str], chosen: dict[int, Transform]) -> None:
         """A state must come from `init` on a tree with these paths."""
@@ -165,13 +173,13 @@ def _by_shape(work: dict[int, tuple[Transform, tuple]], paths: list[str], f) -> 
     the shardings that a jitted function cannot see: the layers of a model are sharded alike, but its query and its
     output projection are not, and to stack those would move weights between devices.
     """
+    out, work = _jointly(work, paths, f)
     groups: dict[Any, list[int]] = {}
     for i, (t, arguments) in work.items():
         leaves, treedef = jax.tree.flatten(arguments)
         role = re.sub(r"\d+", "#", paths[i])
         key = (id(t) if _unhashable(t) else t, role, treedef, tuple(map(_signature, leaves)))
         groups.setdefault(key, []).append(i)
-    out: dict[int, State] = {}
     for members in groups.values():
         t = work[members[0]][0]
         with naming(type(t).__name__, paths[members[0]]):
@@ -183,6 +191,26 @@ def _by_shape(work: dict[int, tuple[Transform, tuple]], paths: list[str], f) -> 
             for position, i in enumerate(members):
                 out[i] = {n: a[position] for n, a in result.items()}
     return out
+
+
+def _by_weight(work: dict[int, tuple[Transform, tuple]], paths: list[str], f) -> dict[int, Any]:
+    """f(transform, *arguments) for every weight, one by one, or jointly where the transform is."""
+    out, work = _jointly(work, paths, f)
+    for i, (t, arguments) in work.items():
+        with naming(type(t).__name__, paths[i]):
+            out[i] = f(t, *arguments)
+    return out
+
+
+def _jointly(work: dict[int, tuple[Transform, tuple]], paths: list[str], f):
+    """(the results of the joint transforms, the rest of the work): each sees all of its weights at once, by path."""
+    out: dict[int, Any] = {}
+    for t in {id(t): t for t, _ in work.values() if t.joint}.values():
+        members = [i for i, (other, _) in work.items() if other is t]
+        arguments = zip(*(work[i][1] for i in members), strict=True)
+        results = f(t, *({paths[i]: a for i, a in zip(members, column, strict=True)} for column in arguments))
+        out |= {i: results[paths[i]] for i in members}
+    return out, {i: entry for i, entry in work.items() if not entry[0].joint}
 
 
 def _signature(x: jax.Array) -> tuple:

@@ -39,6 +39,8 @@ class Around(Transform):
 
     def __init__(self, transform: Transform):
         check_transform("Around", transform)
+        if transform.joint:
+            raise TypeError(f"Around needs a transform of one weight, got the joint {transform}: chain it")
         object.__setattr__(self, "transform", transform)
         object.__setattr__(self, "learned", frozenset(f"of.{n}" for n in transform.learned))
 
