@@ -194,9 +194,8 @@ def split_batch(
         raise ValueError("axis_name merges devices and ghost_size parts a batch: give one of them")
     if x.ndim < 2 or x.shape[0] % ghost_size:
         raise ValueError(f"ghost_size={ghost_size} must divide the first axis of x, which has shape {x.shape}")
-    split = lambda a: a.reshape(-1, ghost_size, *a.shape[1:])
-    where = None if where is None else split(jnp.broadcast_to(where, x.shape))
-    return split(x), where, tuple(range(1, x.ndim))
+    split = lambda a: a[None] if a.shape[0] == 1 else a.reshape(-1, ghost_size, *a.shape[1:])
+    return split(x), None if where is None else split(where), tuple(range(1, x.ndim))
 
 
 def per_feature(stats: Stats, axis: tuple[int, ...]) -> Stats:
