@@ -171,7 +171,7 @@ def test_the_operator_is_the_function():
 
 
 def test_one_row_in_many_tiles():
-    w, x = sparse(512, 40), normal(1, 512, seed=1)
+    w, x = sparse(1536, 40), normal(1, 1536, seed=1)
     y = jw.matmul(jnp.asarray(x), jw.pack(jnp.asarray(w)))
     np.testing.assert_allclose(y, x.astype(np.float64) @ w, atol=1e-4)
 
