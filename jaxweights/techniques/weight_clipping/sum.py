@@ -25,7 +25,7 @@ def bound_sum(
     """The nearest weights with aᵀw in [low, high], for each output unit: a half-space, a slab, a hyperplane.
 
     w' = w + a·(clip(aᵀw, low, high) − aᵀw)/aᵀa, the products over all that one output unit sums over.
-    `bound_sum(w, 0.0, 0.0)` takes the mean of each unit away.
+    With `low` = `high` the sum is fixed; `center` is the one for 0.
 
     Args:
       w: float array of any shape.
@@ -75,13 +75,13 @@ def bound_sum(
 
 @dataclasses.dataclass(frozen=True)
 class BoundSum(Transform):
-    """Brings the sum of each output unit's weights into [low, high]; `BoundSum(0.0, 0.0)` centres them.
+    """Brings the sum of each output unit's weights into [low, high]; `BoundSum(1.0, 1.0)` makes it 1.
 
     State: none, unless `low` or `high` is a schedule.
 
     >>> import jax.numpy as jnp
-    >>> print(BoundSum(0.0, 0.0).apply(jnp.array([3.0, 1.0]), {}))
-    [ 1. -1.]
+    >>> print(BoundSum(1.0, 1.0).apply(jnp.array([3.0, 1.0]), {}))
+    [ 1.5 -0.5]
     """
 
     low: Scalar = -math.inf
