@@ -136,3 +136,16 @@ def test_the_notebook_runs_and_stores_no_output():
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     text = "".join(o.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs)
     assert "zeros in the second layer 80.0%" in text
+
+
+def test_channel_pruning_leaves_a_smaller_model_with_the_outputs_of_the_masked_one(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import channel_pruning
+
+    result = channel_pruning.main(["--quick", "--remove", "0.5"])
+    assert set(result.groups.values()) == {(96, 48), (48, 24), (128, 64)} and len(result.groups) == 4
+    assert result.groups["project0, project1, stem", "expand0, expand1, hidden"] == (48, 24)
+    assert result.difference < 1e-5
+    assert result.accuracy["masked"] == pytest.approx(result.accuracy["removed"], abs=0.004)
+    assert result.entries[1] < result.entries[0] / 3
+    assert "Removed and masked differ by" in capsys.readouterr().out
