@@ -11,6 +11,7 @@ from jaxweights import axes
 from jaxweights.axes import Axes, fans
 from jaxweights.calibration import InputStats
 from jaxweights.lifts.capture import capture
+from jaxweights.lifts.data_init import data_dependent_init
 from jaxweights.lifts.fold_batch_norm import fold_batch_norms
 from jaxweights.lifts.mup import mup_init
 from jaxweights.lifts.optax import add_weight_decay, project, scale_by_mup
@@ -150,6 +151,7 @@ __all__ = [
     "clip_weights",
     "cluster",
     "conv_index",
+    "data_dependent_init",
     "dequantize",
     "fake_quantize",
     "fans",

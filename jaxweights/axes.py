@@ -152,6 +152,12 @@ class Reading:
                 )
         return cls(**named, groups=axes.groups)
 
+    def spread(self, units: jax.Array) -> jax.Array:
+        """Values of shape (*batch, *output) with their axes in the places of the weight's, to multiply it by."""
+        numbered = (*self.batch, *self.output)
+        units = jnp.transpose(units, sorted(range(len(numbered)), key=numbered.__getitem__))
+        return jnp.expand_dims(units, self.contracted)
+
     def split_groups(self, w: jax.Array) -> tuple[jax.Array, Reading]:
         """`w` with its output axis split in (groups, units per group), the groups read as batch."""
         shape, r = self.ungroup(w.shape)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.calibration import InputStats, input_stats
-from jaxweights.lifts.contractions import visit_contractions
-from jaxweights.lifts.paths import Where, flatten, select
+from jaxweights.lifts.contractions import check_found, visit_contractions
+from jaxweights.lifts.paths import Where
 from jaxweights.numerics import automatic
 
 
@@ -77,24 +77,12 @@ def capture(
         batch = batch if isinstance(batch, tuple) else (batch,)
         if total is None:
             shapes = jax.eval_shape(collect, params, batch)
-            _check_found(params, where, shapes)
+            check_found("capture", params, where, shapes)
             total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total = step(total, params, batch)
     if total is None:
         raise ValueError("batches is empty: give at least one batch")
     return {path: total[path] for path in order}
-
-
-def _check_found(params: Any, where: Where | None, found: dict[str, Any]) -> None:
-    """Raises if a weight that was asked for is not multiplied by data."""
-    paths, leaves, _ = flatten(params)
-    selected = [paths[i] for i in select(paths, leaves, [(None, True)], where)]
-    missed = [path for path in selected if path not in found]
-    if missed and (where is not None or not found):
-        raise ValueError(
-            f"capture found no product of data with {', '.join(map(repr, missed))}: leave out of `where` what is not "
-            f"used, looked up, or reshaped or sliced before"
-        )
 
 
 def _shown(batches: Iterable[Any]) -> Iterable[Any]:

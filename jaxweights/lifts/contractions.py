@@ -68,6 +68,18 @@ def visit_contractions(
     return jax.tree.unflatten(jax.tree.structure(shape), out), values
 
 
+def check_found(name: str, params: Any, where: Where | None, found: dict[str, Any]) -> None:
+    """Raises if a weight that was asked for is not multiplied by data."""
+    paths, leaves, _ = flatten(params)
+    selected = [paths[i] for i in select(paths, leaves, [(None, True)], where)]
+    missed = [path for path in selected if path not in found]
+    if missed and (where is not None or not found):
+        raise ValueError(
+            f"{name} found no product of data with {', '.join(map(repr, missed))}: leave out of `where` what is not "
+            f"used, looked up, or reshaped or sliced before"
+        )
+
+
 _DATA = object()
 """Marks what depends on the data. What depends on neither data nor one weight alone is marked None."""
 

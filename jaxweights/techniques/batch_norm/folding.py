@@ -60,8 +60,7 @@ def fold_batch_norm(
     r = Reading.of(axes, kernel.shape)
     if len(r.output) != 1:
         raise ValueError(f"kernel of shape {kernel.shape} must have exactly one output axis, axes names {r.output}")
-    numbered = (*r.batch, *r.output)
-    features = tuple(kernel.shape[a] for a in numbered)
+    features = tuple(kernel.shape[a] for a in (*r.batch, *r.output))
     given = {"bias": bias, "mean": mean, "var": var, "scale": scale, "offset": offset}
     dtype = wide(kernel.dtype)
     values = {}
@@ -73,6 +72,4 @@ def fold_batch_norm(
             raise ValueError(f"{name} must have shape {features}, one per output unit, got {values[name].shape}")
     factor = values["scale"] * inverse_deviation(values["var"], eps)
     new_bias = (values["bias"] - values["mean"]) * factor + values["offset"]
-    along = factor.transpose(sorted(range(len(numbered)), key=numbered.__getitem__))
-    along = jnp.expand_dims(along, [a for a in range(kernel.ndim) if a not in numbered])
-    return (kernel.astype(dtype) * along).astype(kernel.dtype), new_bias.astype(kernel.dtype)
+    return (kernel.astype(dtype) * r.spread(factor)).astype(kernel.dtype), new_bias.astype(kernel.dtype)
