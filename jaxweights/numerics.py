@@ -79,6 +79,18 @@ def automatic(f: Callable[..., Any], w: jax.Array, *arguments, like: Any = None)
         return jax.sharding.auto_axes(f, out_sharding=out)(w, *arguments)
 
 
+def each_matrix(f: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """f(*matrices) for the matrices of arrays of shape (*batch, rows, columns), one after the other, under vmap too.
+
+    For the decompositions: on the CPU a batched one waits, in one of XLA's threads, for work that it gives to the same
+    threads. As many of them at once as there are threads wait for ever (jaxlib 0.10.2).
+    """
+    f = jax.custom_batching.sequential_vmap(f)
+    for _ in arrays[0].shape[:-2]:
+        f = jax.vmap(f)
+    return f(*arrays)
+
+
 def round_to(dtype, x: jax.Array) -> jax.Array:
     """`x` in float32 or wider, its values rounded to those of `dtype`.
 

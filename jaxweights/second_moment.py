@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxweights.axes import Axes, axes_or_default
 from jaxweights.checks import check_weight
-from jaxweights.numerics import automatic, wide
+from jaxweights.numerics import automatic, each_matrix, wide
 
 
 def with_second_moment(
@@ -61,6 +61,9 @@ def inverse_factor(h: jax.Array, damping: float | jax.Array) -> jax.Array:
     mean = jnp.where(mean > 0, mean, 1)
     h = h / mean + jnp.diag(dead + jnp.asarray(damping, h.dtype))
     # H = RRᵀ with an upper triangular R, which is the Cholesky factor from the last row up. Then U = R⁻¹.
+    return each_matrix(_inverse_cholesky, h) / jnp.sqrt(mean)
+
+
+def _inverse_cholesky(h: jax.Array) -> jax.Array:
     r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    inverse = jax.scipy.linalg.solve_triangular(r, jnp.eye(len(h), dtype=h.dtype), lower=False)
-    return inverse / jnp.sqrt(mean)
+    return jax.scipy.linalg.solve_triangular(r, jnp.eye(len(h), dtype=h.dtype), lower=False)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading, axes_or_default
 from jaxweights.checks import check_weight
-from jaxweights.numerics import safe_divide, wide
+from jaxweights.numerics import each_matrix, safe_divide, wide
 
 
 def spectral_norm(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
@@ -38,8 +38,14 @@ def spectral_norm(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
     # Scaled to 1 first, so that neither tiny nor huge weights leave the range of the SVD.
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True))
     scaled = safe_divide(jax.lax.stop_gradient(matrix), size)
-    u, _, vt = jnp.linalg.svd(scaled, full_matrices=False)
-    return jnp.einsum("...i,...ij,...j->...", u[..., :, 0], matrix, vt[..., 0, :], precision="highest")
+    u, v = each_matrix(_leading, scaled)
+    return jnp.einsum("...i,...ij,...j->...", u, matrix, v, precision="highest")
+
+
+def _leading(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The singular vectors of the largest singular value."""
+    u, _, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    return u[:, 0], vt[0]
 
 
 def spectral_normalize(w: jax.Array, sigma: jax.Array | None = None, *, axes: Axes | None = None) -> jax.Array:
