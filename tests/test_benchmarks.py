@@ -34,3 +34,15 @@ def test_a_glob_that_matches_nothing_lists_the_cases(tmp_path):
     done = run("--only", "nothing", "--out", str(tmp_path))
     assert done.returncode != 0
     assert "apply/ClipWeights" in done.stderr
+
+
+def test_products_with_sparse_weights(tmp_path):
+    script = RUN.with_name("sparse_matmul.py")
+    done = subprocess.run([sys.executable, script, "--quick", "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "sparse_matmul-quick.json").read_text())
+    assert {"device", "jax", "jaxweights"} <= set(report["environment"])
+    for result in report["results"]:
+        assert result["ratio"]["median"] > 0 and 0 <= result["bytes"] < 1, result
+        assert result["format"] in done.stdout
+    assert (tmp_path / "sparse_matmul-quick.png").read_bytes().startswith(b"\x89PNG")

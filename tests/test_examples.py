@@ -72,6 +72,20 @@ def test_mup(tmp_path, monkeypatch):
     assert picture.stat().st_size > 20_000
 
 
+def test_seeing_sparsity(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    picture = tmp_path / "picture.png"
+    summary, accuracies = runpy.run_path(str(EXAMPLES / "seeing_sparsity.py"))["main"](
+        ["--steps", "80", "--out", str(picture)]
+    )
+    rows = {r.path: r for r in summary.rows}
+    assert rows["dense0/kernel"].pattern == "2:4" and rows["dense0/kernel"].form == "PackedArray"
+    assert rows["dense2/kernel"].density == pytest.approx(0.1, abs=1e-4)
+    assert accuracies["stored"] == accuracies["sparse"] > 0.9
+    assert "BlockSparseArray" in capsys.readouterr().out
+    assert picture.stat().st_size > 20_000
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The results of both backends, after few steps."""

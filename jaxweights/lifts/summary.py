@@ -25,7 +25,8 @@ class WeightSummary(NamedTuple):
       form: its dtype, or the name of the type that stores it.
       nbytes: bytes that are stored.
       density: fraction of entries that are not 0.
-      pattern: the tightest n:m, n <= m/2 and m one of 2, 4, 8, 16, that the entries along the input keep to, if any.
+      pattern: the tightest n:m, n <= m/2 and m one of 2, 4, 8, 16, that the entries along the input keep to, if any
+        accounts for the density: at least 9 in 10 of the entries that it allows are there.
       values: how many distinct values there are.
       sigma: the largest singular value of the matrix that it is read as, or of all if it is a stack.
       norm: the Euclidean norm of all entries.
@@ -153,7 +154,8 @@ def _pattern(kept: np.ndarray) -> str | None:
     for m in (2, 4, 8, 16):
         if rows % m == 0 and kept.any():
             n = int(kept.reshape(-1, m, columns).sum(1).max())
-            found += [(n / m, f"{n}:{m}")] if 2 * n <= m else []
+            full = kept.sum() >= 0.9 * n / m * kept.size
+            found += [(n / m, f"{n}:{m}")] if 2 * n <= m and full else []
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 

@@ -45,6 +45,12 @@ def test_patterns_along_the_input(kept, pattern):
     assert jw.summarize([jnp.asarray(w)]).rows[0].pattern == pattern
 
 
+def test_few_scattered_entries_have_no_pattern():
+    """Of every 16 there happen to be at most 8, but that is not what makes 5% of them."""
+    w = np.random.default_rng(0).random((320, 20)) < 0.05
+    assert jw.summarize([jnp.asarray(w, jnp.float32)]).rows[0].pattern is None
+
+
 def test_weights_are_read_as_the_tree_says():
     """The heads of attention, and the layers of a stack."""
     model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)

@@ -1,0 +1,114 @@
+"""Prunes a small network in three ways, and shows what became of it: python examples/seeing_sparsity.py.
+
+One layer keeps 2 of every 4 inputs and is stored packed, one keeps a few blocks, one a few single weights. The summary
+says what each looks like and what it takes; the picture shows how much each layer keeps, and two of the masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import optax
+from image_data import batches, digits
+from rich.console import Console
+
+import jaxweights as jw
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+WIDTHS = (64, 256, 256, 128, 10)
+
+
+def model(params: dict[str, Any], x: jax.Array) -> jax.Array:
+    """Dense layers; a kernel may be an array or stored."""
+    for i in range(len(WIDTHS) - 1):
+        x = x @ params[f"dense{i}"]["kernel"] + params[f"dense{i}"]["bias"]
+        x = jax.nn.relu(x) if i < len(WIDTHS) - 2 else x
+    return x
+
+
+def masks(params: dict[str, Any]) -> dict[str, jax.Array]:
+    """{layer: where a weight is kept}, by magnitude."""
+    kernel = lambda i: params[f"dense{i}"]["kernel"]
+    groups = jnp.abs(kernel(0)).reshape(-1, 4, WIDTHS[1])
+    two_of_four = (jnp.argsort(jnp.argsort(groups, 1), 1) >= 2).reshape(kernel(0).shape)
+    norms = jnp.linalg.norm(kernel(1).reshape(8, 32, 8, 32), axis=(1, 3))
+    blocks = jw.magnitude_mask(norms, 0.8).repeat(32, 0).repeat(32, 1)
+    return {"dense0": two_of_four, "dense1": blocks, "dense2": jw.magnitude_mask(kernel(2), 0.9)}
+
+
+def train(params: dict[str, Any], kept: dict[str, jax.Array], steps: int) -> dict[str, Any]:
+    """Adam on the digits, with what is not kept at zero after every step."""
+    data, tx = digits(), optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    images, labels = jnp.asarray(data.train_images.reshape(-1, 64) / 16), jnp.asarray(data.train_labels)
+
+    @jax.jit
+    def step(params, opt, indices):
+        loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(model(p, images[indices]), labels[indices])
+        updates, opt = tx.update(jax.grad(lambda p: loss(p).mean())(params), opt)
+        return mask(optax.apply_updates(params, updates), kept), opt
+
+    opt = tx.init(params)
+    for indices in batches(len(images), steps, 128, seed=0):
+        params, opt = step(params, opt, indices)
+    return params
+
+
+def mask(params: dict[str, Any], kept: dict[str, jax.Array]) -> dict[str, Any]:
+    return {n: p | ({"kernel": jnp.where(kept[n], p["kernel"], 0)} if n in kept else {}) for n, p in params.items()}
+
+
+def accuracy(params: dict[str, Any]) -> float:
+    data = digits()
+    return float(
+        jnp.mean(model(params, jnp.asarray(data.test_images.reshape(-1, 64) / 16)).argmax(-1) == data.test_labels)
+    )
+
+
+def picture(summary: jw.Summary, stored: dict[str, Any], path: Path) -> None:
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=(1.25, 1, 1))
+    jw.plot_density(summary, panel=panels[0])
+    for panel, name in zip(panels[1:], ("dense1", "dense2"), strict=True):
+        jw.plot_mask(stored[name]["kernel"], panel=panel)
+        panel.set_title(f"{name}/kernel", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> tuple[jw.Summary, dict[str, float]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"), help="where the picture goes")
+    parser.add_argument("--steps", type=int, default=200, help="of training before and after pruning")
+    options = parser.parse_args(arguments)
+
+    keys = jax.random.split(jax.random.key(0), len(WIDTHS))
+    shapes = itertools.pairwise(WIDTHS)
+    params = {
+        f"dense{i}": {"kernel": jw.he_normal(keys[i], shape), "bias": jnp.zeros(shape[1])}
+        for i, shape in enumerate(shapes)
+    }
+    dense = train(params, {}, options.steps)
+    kept = masks(dense)
+    sparse = train(mask(dense, kept), kept, options.steps)
+    store = {"dense0": jw.pack, "dense1": jw.pack_blocks, "dense2": jw.to_bcoo}
+    stored = {n: p | ({"kernel": store[n](p["kernel"], kept[n])} if n in store else {}) for n, p in sparse.items()}
+
+    console = Console()
+    console.width = console.width if console.is_terminal else 110
+    summary = jw.summarize(stored)
+    console.print(summary)
+    accuracies = {"dense": accuracy(dense), "sparse": accuracy(sparse), "stored": accuracy(stored)}
+    console.print(", ".join(f"{name} {value:.1%}" for name, value in accuracies.items()), "of the test images right")
+    picture(jw.summarize(stored, "**/kernel"), stored, options.out)
+    return summary, accuracies
+
+
+if __name__ == "__main__":
+    main()
