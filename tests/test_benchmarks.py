@@ -36,13 +36,25 @@ def test_a_glob_that_matches_nothing_lists_the_cases(tmp_path):
     assert "apply/ClipWeights" in done.stderr
 
 
-def test_products_with_sparse_weights(tmp_path):
-    script = RUN.with_name("sparse_matmul.py")
-    done = subprocess.run([sys.executable, script, "--quick", "--out", tmp_path], capture_output=True, text=True)
+def quick(name, out):
+    """The report of a script of its own, which also draws a chart."""
+    script = RUN.with_name(f"{name}.py")
+    done = subprocess.run([sys.executable, script, "--quick", "--out", out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "sparse_matmul-quick.json").read_text())
+    report = json.loads((out / f"{name}-quick.json").read_text())
     assert {"device", "jax", "jaxweights"} <= set(report["environment"])
-    for result in report["results"]:
+    assert (out / f"{name}-quick.png").read_bytes().startswith(b"\x89PNG")
+    return report["results"], done.stdout
+
+
+def test_products_with_sparse_weights(tmp_path):
+    results, out = quick("sparse_matmul", tmp_path)
+    for result in results:
         assert result["ratio"]["median"] > 0 and 0 <= result["bytes"] < 1, result
-        assert result["format"] in done.stdout
-    assert (tmp_path / "sparse_matmul-quick.png").read_bytes().startswith(b"\x89PNG")
+        assert result["format"] in out
+
+
+def test_selection(tmp_path):
+    results, _ = quick("selection", tmp_path)
+    assert {(r["dtype"], r["other"]) for r in results} >= {("float32", "argsort"), ("bfloat16", "top_k")}
+    assert all(r["same"] and r["temporary"] <= 2 for r in results)
