@@ -60,7 +60,8 @@ class TreeTransform:
             check_structure("update", "grads", grads, params)
             grad_paths, grad_leaves, _ = flatten(grads)
             by_path = dict(zip(grad_paths, grad_leaves, strict=True))
-        work = {i: (t, (leaves[i], self._state(paths[i], state, t), by_path.get(paths[i]))) for i, t in chosen.items()}
+        given = lambda i, t: (leaves[i], self._state(paths[i], state, t), by_path.get(paths[i]))
+        work = {i: (t, jax.lax.stop_gradient(given(i, t))) for i, t in chosen.items()}
         for i in [i for i in work if paths[i] not in state.fixed]:  # nothing to move; the transform checks that
             t, arguments = work.pop(i)
             with naming(type(t).__name__, paths[i]):
