@@ -65,7 +65,13 @@ from jaxweights.techniques.sparsification.storage import (
     to_csr,
 )
 from jaxweights.techniques.spectral_clipping import ClipSingularValues, clip_singular_values
-from jaxweights.techniques.spectral_norm import SpectralNorm, spectral_norm, spectral_normalize
+from jaxweights.techniques.spectral_norm import (
+    ConvSpectralNorm,
+    SpectralNorm,
+    conv_spectral_norm,
+    spectral_norm,
+    spectral_normalize,
+)
 from jaxweights.techniques.weight_clipping import (
     Around,
     BoundNorm,
@@ -114,6 +120,7 @@ __all__ = [
     "ClipRange",
     "ClipSingularValues",
     "ClipWeights",
+    "ConvSpectralNorm",
     "FakeQuantize",
     "InputStats",
     "L1Ball",
@@ -151,6 +158,7 @@ __all__ = [
     "clip_weights",
     "cluster",
     "conv_index",
+    "conv_spectral_norm",
     "data_dependent_init",
     "dequantize",
     "fake_quantize",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.checks import check_integer, check_shape, check_state, check_weight
+from jaxweights.convolution import Convolution, Padding
 from jaxweights.numerics import automatic, wide
 from jaxweights.transform import Transform
 
@@ -96,7 +97,7 @@ def conv_index(
     input_shape: Sequence[int],
     *,
     strides: int | Sequence[int] = 1,
-    padding: str | Sequence[tuple[int, int]] = "SAME",
+    padding: Padding = "SAME",
 ) -> np.ndarray:
     """The index that makes a convolution a matrix with shared weights.
 
@@ -108,7 +109,7 @@ def conv_index(
       kernel_shape: (*window, in, out), as Flax has it (HWIO).
       input_shape: (*space, in), as Flax has it (HWC).
       strides: one for all axes, or one per axis of the window.
-      padding: "SAME", "VALID", or (before, after) per axis of the window.
+      padding: "SAME", "VALID", "CIRCULAR", or (before, after) per axis of the window.
 
     Returns:
       int32 numpy array, shape (input size, output size): a constant, to be computed once.
@@ -125,36 +126,19 @@ def conv_index(
     References: LeCun et al., Backpropagation Applied to Handwritten Zip Code Recognition, Neural
     Computation 1989.
     """
-    kernel_shape, input_shape = check_shape("kernel_shape", kernel_shape), check_shape("input_shape", input_shape)
-    if not input_shape or len(kernel_shape) != len(input_shape) + 1 or kernel_shape[-2] != input_shape[-1]:
+    conv = Convolution.of(kernel_shape, input_shape, strides=strides, padding=padding)
+    space, out_space = conv.input_shape[:-1], conv.output_shape[:-1]
+    if conv.circular and any(k > n for k, n in zip(conv.window, space, strict=True)):
         raise ValueError(
-            f"kernel_shape {kernel_shape} and input_shape {input_shape} do not fit: they must be (*window, in, out) "
-            f"and (*space, in) with equal numbers of axes and the same in"
+            f"a window of {conv.window} meets itself around an image of {space}, where one position needs the sum of "
+            f"two weights: use a smaller window"
         )
-    *window, n_in, n_out = kernel_shape
-    space = input_shape[:-1]
-    steps = list(strides) if isinstance(strides, Sequence) else [strides] * len(window)
-    for step in steps:
-        check_integer("strides", step, 1)
-    if len(steps) != len(window):
-        raise ValueError(f"strides must be one integer, or one per axis of the window {tuple(window)}, got {strides!r}")
-    if isinstance(padding, str):
-        if padding.upper() not in ("SAME", "VALID"):
-            raise ValueError(f'padding must be "SAME", "VALID" or (before, after) per axis, got {padding!r}')
-        padding = jax.lax.padtype_to_pads(space, window, steps, padding.upper())
-    pads = list(padding) if isinstance(padding, Sequence) else []
-    integers = lambda p: isinstance(p, tuple | list) and all(isinstance(n, int | np.integer) for n in p)
-    if len(pads) != len(window) or not all(integers(p) and len(p) == 2 for p in pads):
-        raise ValueError(f"padding must be integers (before, after) for each of {len(window)} axes, got {padding!r}")
-
-    out_space = [(n + sum(p) - k) // s + 1 for n, k, s, p in zip(space, window, steps, pads, strict=True)]
-    if any(n < 1 for n in out_space):
-        raise ValueError(f"a window of {tuple(window)} does not fit in {tuple(space)} with padding {padding!r}")
-    index = np.full((*space, n_in, *out_space, n_out), -1, np.int32)
+    index = np.full((*space, conv.input_shape[-1], *conv.output_shape), -1, np.int32)
     weights = np.arange(math.prod(kernel_shape), dtype=np.int32).reshape(kernel_shape)
     for position in itertools.product(*map(range, out_space)):
-        for offset in itertools.product(*map(range, window)):
-            source = tuple(o * s - p[0] + k for o, s, p, k in zip(position, steps, pads, offset, strict=True))
+        for offset in itertools.product(*map(range, conv.window)):
+            steps = zip(position, conv.strides, conv.pads, offset, space, strict=True)
+            source = tuple((o * s - p[0] + k) % n if conv.circular else o * s - p[0] + k for o, s, p, k, n in steps)
             if all(0 <= i < n for i, n in zip(source, space, strict=True)):
                 index[(*source, slice(None), *position, slice(None))] = weights[offset]
     return index.reshape(math.prod(input_shape), -1)

@@ -29,6 +29,14 @@ def close(a, b, rtol, size=None):
     np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * (size or np.abs(b).max(initial=1e-30)))
 
 
+def same_state(case, lifted, params, a, b, rtol):
+    """Two states of `case` that are equal; those of an estimate by what they do, since it may hold rounding errors."""
+    if case.idempotent:
+        jax.tree.map(lambda a, b: close(a, b, rtol), a, b)
+    else:
+        jax.tree.map(lambda a, b: close(a, b, rtol), lifted.apply(params, a), lifted.apply(params, b))
+
+
 def sharding(mesh, shape):
     """The last two axes over the mesh where it divides them, as model parallelism has it."""
     names = [None] * (len(shape) - 2) + ["x", "y"][-len(shape) :]

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from cases import KEY, TRANSFORMS
-from contract.table import close, every_transform, ids, weight
+from contract.table import close, every_transform, ids, same_state, weight
 from flax import nnx
 
 import jaxweights as jw
@@ -90,12 +90,12 @@ def test_the_levels_give_the_same_numbers(case):
     tx = jw.project(t, where="kernel")
     updates, opt_state = tx.update({"kernel": jnp.zeros_like(w)}, tx.init(params), params)
     close(optax.apply_updates(params, updates)["kernel"], expected, 1e-6, size=np.abs(w).max())
-    jax.tree.map(lambda a, b: close(a, b, 1e-5), opt_state.transform, moved)
+    same_state(case, lifted, params, opt_state.transform, moved, 1e-5)
 
     model = jw.linen.Transformed(LinenProbe(case.shape), t, where="kernel")
     output, new = model.apply(linen_variables(w, state), mutable=[STATE])
     close(output, expected, 1e-6)
-    jax.tree.map(lambda a, b: close(a, b, 1e-5), dict(new.get(STATE, {})), moved.fixed)
+    same_state(case, lifted, params, jw.TreeState(state.learned, dict(new.get(STATE, {}))), moved, 1e-5)
 
     close(nnx_model(t, w, state)(), expected, 1e-6)
 

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 from cases import KEY
-from contract.table import close, every_case, sharding, weight
+from contract.table import close, every_case, same_state, sharding, weight
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxweights as jw
@@ -35,7 +35,9 @@ def test_on_a_mesh_no_weight_is_gathered(case, kind):
         params = {"a": w, "b": w[::-1]}
         state = lifted.init(params, KEY)
         run = lambda params, state: lifted.apply(params, lifted.update(params, state))
-        jax.tree.map(lambda a, b: close(a, b, 1e-4), lifted.init(jax.device_put(params, placed.sharding), KEY), state)
+        same_state(
+            case, lifted, params, jax.device_get(lifted.init(jax.device_put(params, placed.sharding), KEY)), state, 1e-4
+        )
         place = lambda a: jax.device_put(
             a, sharding(mesh, a.shape) if a.shape == case.shape else NamedSharding(mesh, PartitionSpec())
         )

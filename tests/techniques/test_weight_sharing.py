@@ -1,5 +1,6 @@
 """Weight sharing: codebooks, convolutions as shared matrices, clusters and hashes."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +95,15 @@ def test_conv_index_is_the_convolution(kernel_shape, input_shape, strides, paddi
     matrix = jnp.outer(x.ravel(), cotangent.ravel())
     positions = [np.float64(matrix)[index == i].sum() for i in range(kernel.size)]
     np.testing.assert_allclose(pull_shared(cotangent.ravel())[0].ravel(), positions, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "space", "strides"), [((4, 2, 3), (7, 2), 2), ((3, 2, 1, 2), (3, 5, 1), (1, 3))])
+def test_conv_index_of_circular_padding_is_the_layer(shape, space, strides):
+    x, kernel = jnp.float32(normal(*space)), jnp.float32(normal(*shape, seed=1))
+    layer = nn.Conv(shape[-1], shape[:-2], strides, "CIRCULAR", use_bias=False)
+    index = jw.conv_index(shape, space, strides=strides, padding="CIRCULAR")
+    found = jnp.dot(x.ravel(), jw.share(kernel.ravel(), index), precision="highest")
+    np.testing.assert_allclose(found, layer.apply({"params": {"kernel": kernel}}, x).ravel(), atol=1e-5)
 
 
 # cluster

@@ -1,6 +1,7 @@
 """Spectral normalization: a weight divided by its largest singular value."""
 
+from jaxweights.techniques.spectral_norm.convolution import ConvSpectralNorm, conv_spectral_norm
 from jaxweights.techniques.spectral_norm.exact import spectral_norm, spectral_normalize
 from jaxweights.techniques.spectral_norm.streaming import SpectralNorm
 
-__all__ = ["SpectralNorm", "spectral_norm", "spectral_normalize"]
+__all__ = ["ConvSpectralNorm", "SpectralNorm", "conv_spectral_norm", "spectral_norm", "spectral_normalize"]

@@ -38,11 +38,11 @@ def spectral_norm(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
     # Scaled to 1 first, so that neither tiny nor huge weights leave the range of the SVD.
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True))
     scaled = safe_divide(jax.lax.stop_gradient(matrix), size)
-    u, v = each_matrix(_leading, scaled)
+    u, v = each_matrix(leading_vectors, scaled)
     return jnp.einsum("...i,...ij,...j->...", u, matrix, v, precision="highest")
 
 
-def _leading(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+def leading_vectors(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The singular vectors of the largest singular value."""
     u, _, vt = jnp.linalg.svd(matrix, full_matrices=False)
     return u[:, 0], vt[0]
