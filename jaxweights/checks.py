@@ -91,16 +91,14 @@ def check_choice(name: str, value, choices: Sequence[str]) -> None:
 
 
 def check_mask(where, shape: tuple[int, ...]) -> jax.Array:
-    """`where` as a boolean array that broadcasts to `shape`, or an error."""
+    """`where` as a boolean array of as many axes as `shape`, to which it broadcasts, or an error."""
     kind = getattr(where, "dtype", type(where))
     if not jnp.issubdtype(kind, jnp.bool_):
         raise TypeError(f"where must be a boolean array, got {kind}: compare it with a number")
-    try:
-        return jnp.broadcast_to(where, shape)
-    except ValueError as e:
-        raise ValueError(
-            f"where must broadcast to x {shape}, got shape {jnp.shape(where)}: add axes with [..., None]"
-        ) from e
+    got = jnp.shape(where)
+    if len(got) > len(shape) or any(g not in (1, s) for g, s in zip(reversed(got), reversed(shape), strict=False)):
+        raise ValueError(f"where must broadcast to x {shape}, got shape {got}: add axes with [..., None]")
+    return jnp.expand_dims(where, range(len(shape) - len(got)))
 
 
 def check_state(state, **shapes: tuple[int, ...] | None) -> None:

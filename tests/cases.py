@@ -134,7 +134,11 @@ FUNCTIONS = [
     Case("layer_norm", function=lambda x: jw.layer_norm(x, per_feature(x, 2), per_feature(x, 1))),
     Case("rms_norm", function=lambda x: jw.rms_norm(x, per_feature(x, 2))),
     Case("group_norm", function=lambda x: jw.group_norm(x, n_groups=4), shape=(4, 6, 32)),
-    Case("instance_norm", function=jw.instance_norm, shape=(4, 6, 32)),
+    Case(
+        "instance_norm masked",
+        function=lambda x: jw.instance_norm(x, where=jnp.arange(x.shape[1])[:, None] < 20),
+        shape=(4, 24, 32),
+    ),
     Case("spectral_normalize exact", function=jw.spectral_normalize),
     Case("weight_normalize", function=jw.weight_normalize),
     Case("he_normal", function=lambda w: w + jw.he_normal(KEY, w.shape, w.dtype)),

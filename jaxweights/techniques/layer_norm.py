@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from jaxweights.axes import axis_tuple
-from jaxweights.checks import check_integer, check_scalar, check_weight
-from jaxweights.moments import moments
-from jaxweights.numerics import wide
-from jaxweights.standardize import standardize
+from jaxweights.checks import check_integer, check_mask, check_scalar, check_weight
+from jaxweights.standardize import normalize
 
 
 def layer_norm(
@@ -20,25 +17,30 @@ def layer_norm(
     bias: jax.Array | None = None,
     *,
     axis: int | Sequence[int] = -1,
+    where: jax.Array | None = None,
     eps: float = 1e-6,
 ) -> jax.Array:
     """Standardises each sample over its features.
 
-    y = (x − μ)/√(σ² + ε)·scale + bias, μ and biased σ² over `axis`, in two passes.
+    y = (x − μ)/√(σ² + ε)·scale + bias, μ and biased σ² over `axis`, in two passes. A gradient stores `x` in its own
+    dtype and two numbers per sample. Both modes of differentiation work, to any order.
 
     Args:
       x: float array of any shape of at least one axis.
       scale: shape of the normalised axes; 1 by default.
       bias: shape of the normalised axes; 0 by default.
       axis: axis or axes to normalise over.
-      eps: ε >= 0.
+      where: boolean array that broadcasts to `x`; only true entries count in μ and σ². The others are standardised
+        with them too, and may be NaN.
+      eps: ε >= 0. No gradient flows to it.
 
     Returns:
-      Array of the shape and dtype of `x`, computed in float32 or wider. A sample that is constant,
-      or whose variance is beyond the range of float32, becomes 0 before `scale` and `bias`; NaN stays in its sample.
+      Array of the shape and dtype of `x`, computed in float32 or wider. A sample that is constant, in which nothing
+      counts, or whose variance is beyond the range of float32, becomes 0 before `scale` and `bias`; NaN stays in its
+      sample.
 
     Raises:
-      TypeError: `x`, `scale` or `bias` is not a float array.
+      TypeError: `x`, `scale` or `bias` is not a float array, or `where` not a boolean one.
       ValueError: `axis` or a shape does not fit, or `eps` is negative or NaN.
 
     >>> import jax.numpy as jnp
@@ -48,16 +50,16 @@ def layer_norm(
 
     References: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450, 2016.
     """
-    x = check_weight(x, "x")
-    over = check_axis(axis, x.shape)
-    scale, bias = _per_feature("scale", scale, x.shape, over), _per_feature("bias", bias, x.shape, over)
-    check_scalar("eps", eps, 0)
-    mean, var, _ = moments(x, over)
-    return standardize(x, mean, var, scale, bias, eps)
+    return _normalize_samples(x, scale, bias, axis, where, eps, centered=True)
 
 
 def rms_norm(
-    x: jax.Array, scale: jax.Array | None = None, *, axis: int | Sequence[int] = -1, eps: float = 1e-6
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    where: jax.Array | None = None,
+    eps: float = 1e-6,
 ) -> jax.Array:
     """Divides each sample by its root mean square.
 
@@ -69,12 +71,7 @@ def rms_norm(
 
     References: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467, 2019.
     """
-    x = check_weight(x, "x")
-    over = check_axis(axis, x.shape)
-    scale = _per_feature("scale", scale, x.shape, over)
-    check_scalar("eps", eps, 0)
-    square = jnp.mean(jnp.square(x.astype(wide(x.dtype))), over, keepdims=True)
-    return standardize(x, jnp.zeros_like(square), square, scale, None, eps)
+    return _normalize_samples(x, scale, None, axis, where, eps, centered=False)
 
 
 def group_norm(
@@ -83,6 +80,7 @@ def group_norm(
     bias: jax.Array | None = None,
     *,
     n_groups: int,
+    where: jax.Array | None = None,
     eps: float = 1e-6,
 ) -> jax.Array:
     """Standardises each sample over the positions and features of each group of features.
@@ -94,13 +92,14 @@ def group_norm(
       scale: shape (features,); 1 by default.
       bias: shape (features,); 0 by default.
       n_groups: number of groups, a divisor of the features.
-      eps: ε >= 0.
+      where: boolean array that broadcasts to `x`, as for `layer_norm`.
+      eps: ε >= 0. No gradient flows to it.
 
     Returns:
-      Array of the shape and dtype of `x`.
+      Array of the shape and dtype of `x`, as from `layer_norm`, each group of a sample for itself.
 
     Raises:
-      TypeError: `x`, `scale` or `bias` is not a float array, or `n_groups` not an integer.
+      TypeError: `x`, `scale` or `bias` is not a float array, `where` not a boolean one, or `n_groups` not an integer.
       ValueError: `n_groups` does not divide the features, a shape does not fit, or `eps` is negative or NaN.
 
     >>> import jax.numpy as jnp
@@ -121,15 +120,23 @@ def group_norm(
         _per_feature("scale", scale, x.shape, features),
         _per_feature("bias", bias, x.shape, features),
     )
-    shape = (n_groups, x.shape[-1] // n_groups)
-    grouped = x.reshape(*x.shape[:-1], *shape)
-    mean, var, _ = moments(grouped, (*range(1, x.ndim - 1), x.ndim))
-    split = lambda a: None if a is None else a.reshape(shape)
-    return standardize(grouped, mean, var, split(scale), split(bias), eps).reshape(x.shape)
+    groups = (n_groups, x.shape[-1] // n_groups)
+    split = lambda a: None if a is None else a.reshape(groups)
+    if where is not None:
+        where = check_mask(where, x.shape)
+        where = where.reshape(*where.shape[:-1], *(groups if where.shape[-1] > 1 else (1, 1)))
+    axis = (*range(1, x.ndim - 1), x.ndim)
+    y = normalize(x.reshape(*x.shape[:-1], *groups), split(scale), split(bias), eps, axis=axis, where=where)
+    return y.reshape(x.shape)
 
 
 def instance_norm(
-    x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None, *, eps: float = 1e-6
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    where: jax.Array | None = None,
+    eps: float = 1e-6,
 ) -> jax.Array:
     """Standardises each feature of each sample over its positions: `group_norm` with one feature a group.
 
@@ -143,7 +150,7 @@ def instance_norm(
     x = check_weight(x, "x")
     if x.ndim < 3:
         raise ValueError(f"x must have shape (batch, *positions, features), got {x.shape}: it has no positions")
-    return group_norm(x, scale, bias, n_groups=max(1, x.shape[-1]), eps=eps)
+    return group_norm(x, scale, bias, n_groups=max(1, x.shape[-1]), where=where, eps=eps)
 
 
 def check_axis(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -158,6 +165,15 @@ def check_axis(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(resolved)) < len(resolved):
         raise ValueError(f"axis must name axes of x {shape} once each, got {axis!r}")
     return resolved
+
+
+def _normalize_samples(x, scale, bias, axis, where, eps, centered: bool) -> jax.Array:
+    x = check_weight(x, "x")
+    over = check_axis(axis, x.shape)
+    scale, bias = _per_feature("scale", scale, x.shape, over), _per_feature("bias", bias, x.shape, over)
+    where = None if where is None else check_mask(where, x.shape)
+    check_scalar("eps", eps, 0)
+    return normalize(x, scale, bias, eps, axis=over, where=where, centered=centered)
 
 
 def _per_feature(name: str, value, shape: tuple[int, ...], over: Sequence[int]) -> jax.Array | None:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.checks import check_scalar, check_weight
-from jaxweights.standardize import standardize
-from jaxweights.techniques.batch_norm.statistics import batch_stats, check_features, split_ghosts
+from jaxweights.standardize import normalize, standardize
+from jaxweights.techniques.batch_norm.statistics import check_features, split_batch
 
 
 def batch_norm(
@@ -24,7 +24,8 @@ def batch_norm(
 ) -> jax.Array:
     """Standardises each feature over the batch.
 
-    y = (x − μ_B)/√(σ²_B + ε)·scale + bias, over all but the last axis, σ² biased.
+    y = (x − μ_B)/√(σ²_B + ε)·scale + bias, over all but the last axis, σ² biased. A gradient stores `x` in its own
+    dtype and two numbers per feature. Both modes of differentiation work, to any order.
 
     Args:
       x: float array, shape (..., features).
@@ -64,19 +65,10 @@ def batch_norm(
             "where, axis_name and ghost_size say how to take statistics: leave them out where mean and var are given"
         )
     check_parameters(x, scale=scale, bias=bias, mean=mean, var=var)
-    if mean is None or var is None:
-        mean, var, _ = batch_stats(x, where=where, axis_name=axis_name, ghost_size=ghost_size)
-    return normalize(x, mean, var, scale, bias, eps)
-
-
-def normalize(x, mean, var, scale, bias, eps) -> jax.Array:
-    """`standardize` with statistics of shape (features,), or (n_ghosts, features) of ghost batches."""
-    if mean.ndim == 1:
+    if mean is not None and var is not None:
         return standardize(x, mean, var, scale, bias, eps)
-    ghosts = split_ghosts(x, x.shape[0] // mean.shape[0])
-    across = [1] * (x.ndim - 1)
-    mean, var = (s.reshape(s.shape[0], *across, s.shape[1]) for s in (mean, var))
-    return standardize(ghosts, mean, var, scale, bias, eps).reshape(x.shape)
+    batch, where, axis = split_batch(x, where, axis_name, ghost_size)
+    return normalize(batch, scale, bias, eps, axis=axis, where=where, axis_name=axis_name).reshape(x.shape)
 
 
 def check_parameters(x: jax.Array, **given) -> None:

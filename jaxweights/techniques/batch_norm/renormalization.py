@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.checks import check_scalar
-from jaxweights.numerics import wide
-from jaxweights.standardize import inverse_deviation
-from jaxweights.techniques.batch_norm.normalization import check_parameters, normalize
-from jaxweights.techniques.batch_norm.statistics import batch_stats, check_features
+from jaxweights.moments import Stats, moments
+from jaxweights.standardize import inverse_deviation, normalize
+from jaxweights.techniques.batch_norm.normalization import check_parameters
+from jaxweights.techniques.batch_norm.statistics import check_features, split_batch
 
 
 def batch_renorm(
@@ -62,20 +62,22 @@ def batch_renorm(
     x = check_features(x)
     check_scalar("eps", eps, 0)
     check_parameters(x, scale=scale, bias=bias, mean=mean, var=var)
-    now = batch_stats(x, where=where, axis_name=axis_name)
-    return renormalize(x, now[0], now[1], mean, var, scale, bias, r_max, d_max, eps)
+    x, where, axis = split_batch(x, where, axis_name, None)
+    stats = moments(x, axis, where=where, axis_name=axis_name)
+    scale, bias = correct(stats, mean, var, scale, bias, r_max, d_max, eps)
+    return normalize(x, scale, bias, eps, axis=axis, where=where, axis_name=axis_name, stats=stats)
 
 
-def renormalize(x, batch_mean, batch_var, mean, var, scale, bias, r_max, d_max, eps) -> jax.Array:
-    """`batch_renorm` with the statistics of the batch as given."""
+def correct(stats: Stats, mean, var, scale, bias, r_max, d_max, eps) -> tuple[jax.Array, jax.Array]:
+    """(r·scale, d·scale + bias): what batch renormalization scales and shifts by."""
     check_scalar("r_max", r_max, 1)
     check_scalar("d_max", d_max, 0)
-    dtype = wide(x.dtype)
-    mean, var, r_max, d_max = (jnp.asarray(a, dtype) for a in (mean, var, r_max, d_max))
+    batch_mean, batch_var, _ = stats
+    mean, var, r_max, d_max, epsilon = (jnp.asarray(a, batch_var.dtype) for a in (mean, var, r_max, d_max, eps))
     inverse = inverse_deviation(var, eps)
-    r = jnp.clip(jnp.sqrt(batch_var + jnp.asarray(eps, dtype)) * inverse, 1 / r_max, r_max)
+    r = jnp.clip(jnp.sqrt(batch_var + epsilon) * inverse, 1 / r_max, r_max)
     d = jnp.clip((batch_mean - mean) * inverse, -d_max, d_max)
     r, d = jax.lax.stop_gradient((r, d))
-    factor = jnp.ones_like(r) if scale is None else scale.astype(dtype)
-    shift = jnp.zeros_like(d) if bias is None else bias.astype(dtype)
-    return normalize(x, batch_mean, batch_var, r * factor, d * factor + shift, eps)
+    factor = r if scale is None else r * scale.astype(r.dtype)
+    shift = d if scale is None else d * scale.astype(r.dtype)
+    return factor, shift if bias is None else shift + bias.astype(r.dtype)

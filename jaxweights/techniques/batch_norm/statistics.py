@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.checks import check_integer, check_mask, check_scalar, check_weight
-from jaxweights.moments import moments
-
-Stats = tuple[jax.Array, jax.Array, jax.Array]
-"""(mean, biased variance, count), all of one shape."""
+from jaxweights.moments import Stats, moments
 
 
 class Convention(NamedTuple):
@@ -55,16 +52,8 @@ def batch_stats(
     References: Ioffe and Szegedy, arXiv:1502.03167, 2015; Chan, Golub and LeVeque, Algorithms for Computing the
     Sample Variance, 1983; Hoffer, Hubara and Soudry, Train longer, generalize better, arXiv:1705.08741, 2017.
     """
-    x = check_features(x)
-    if where is not None:
-        where = check_mask(where, x.shape)
-    if ghost_size is not None:
-        check_ghosts(x.shape, ghost_size, axis_name)
-        x = split_ghosts(x, ghost_size)
-        where = None if where is None else split_ghosts(where, ghost_size)
-    ghosts = 0 if ghost_size is None else 1
-    stats = moments(x, range(ghosts, x.ndim - 1), where=where, axis_name=axis_name)
-    return tuple(s.reshape(*x.shape[:ghosts], x.shape[-1]) for s in stats)  # type: ignore[return-value]
+    x, where, axis = split_batch(check_features(x), where, axis_name, ghost_size)
+    return per_feature(moments(x, axis, where=where, axis_name=axis_name), axis)
 
 
 def merge_stats(a: Stats, b: Stats) -> Stats:
@@ -193,15 +182,22 @@ def check_stats(name: str, stats) -> Stats:
     return mean, var, count
 
 
-def check_ghosts(shape: tuple[int, ...], ghost_size: int, axis_name) -> None:
-    """Raises unless a batch of this shape can be split into ghost batches."""
+def split_batch(
+    x: jax.Array, where: jax.Array | None, axis_name, ghost_size: int | None
+) -> tuple[jax.Array, jax.Array | None, tuple[int, ...]]:
+    """`x` and its mask with the first axis split in (ghosts, ghost_size), if at all, and the axes of the statistics."""
+    where = None if where is None else check_mask(where, x.shape)
+    if ghost_size is None:
+        return x, where, tuple(range(x.ndim - 1))
     check_integer("ghost_size", ghost_size, 1)
     if axis_name is not None:
         raise ValueError("axis_name merges devices and ghost_size parts a batch: give one of them")
-    if len(shape) < 2 or shape[0] % ghost_size:
-        raise ValueError(f"ghost_size={ghost_size} must divide the first axis of x, which has shape {shape}")
+    if x.ndim < 2 or x.shape[0] % ghost_size:
+        raise ValueError(f"ghost_size={ghost_size} must divide the first axis of x, which has shape {x.shape}")
+    split = lambda a: a[None] if a.shape[0] == 1 else a.reshape(-1, ghost_size, *a.shape[1:])
+    return split(x), None if where is None else split(where), tuple(range(1, x.ndim))
 
 
-def split_ghosts(x: jax.Array, ghost_size: int) -> jax.Array:
-    """`x` with its first axis split in (ghosts, ghost_size)."""
-    return x.reshape(-1, ghost_size, *x.shape[1:])
+def per_feature(stats: Stats, axis: tuple[int, ...]) -> Stats:
+    """Statistics without the axes they are over."""
+    return tuple(jnp.squeeze(s, axis) for s in stats)  # type: ignore[return-value]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 
 from jaxweights.checks import check_scalar
-from jaxweights.techniques.batch_norm.normalization import check_parameters, normalize
-from jaxweights.techniques.batch_norm.renormalization import renormalize
-from jaxweights.techniques.batch_norm.statistics import Stats, batch_stats, check_features, running_stats
+from jaxweights.moments import moments
+from jaxweights.standardize import normalize
+from jaxweights.techniques.batch_norm.normalization import check_parameters
+from jaxweights.techniques.batch_norm.renormalization import correct
+from jaxweights.techniques.batch_norm.statistics import check_features, per_feature, running_stats, split_batch
 
 
 def train_batch_norm(
@@ -31,9 +33,11 @@ def train_batch_norm(
         raise ValueError(f"renorm must be (r_max, d_max) or None, got {renorm!r}: the paper ends at (3.0, 5.0)")
     if renorm is not None and ghost_size is not None:
         raise ValueError("renorm brings a batch to the running statistics and ghost_size parts it: give one of them")
-    batch: Stats = batch_stats(x, where=where, axis_name=axis_name, ghost_size=ghost_size)
-    new = running_stats(running, batch, momentum, convention=convention)
+    batch, where, axis = split_batch(x, where, axis_name, ghost_size)
+    stats = moments(batch, axis, where=where, axis_name=axis_name)
+    new = running_stats(running, per_feature(stats, axis), momentum, convention=convention)
     check_parameters(x, scale=scale, bias=bias)
-    if renorm is None:
-        return normalize(x, batch[0], batch[1], scale, bias, eps), new
-    return renormalize(x, batch[0], batch[1], *running, scale, bias, *renorm, eps), new
+    if renorm is not None:
+        scale, bias = correct(stats, *running, scale, bias, *renorm, eps)
+    y = normalize(batch, scale, bias, eps, axis=axis, where=where, axis_name=axis_name, stats=stats)
+    return y.reshape(x.shape), new

@@ -1,0 +1,220 @@
+"""The derivative that all norms share: its values, what it stores, masks, and every order of differentiation."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from x64 import enable_x64
+
+import jaxweights as jw
+
+SHAPE = (4, 6, 8)
+MASK = np.random.default_rng(9).random(SHAPE) < 0.7
+POSITIONS = np.array([[True], [True], [False], [True], [False], [True]])  # of axis 1, for every sample and feature
+
+
+def rms_norm(x, scale, bias, **options):
+    return jw.rms_norm(x, scale, **options)
+
+
+# name: (norm, the shape it splits x into, the axes of its statistics)
+NORMS = {
+    "layer": (jw.layer_norm, SHAPE, (2,)),
+    "rms": (rms_norm, SHAPE, (2,)),
+    "group": (functools.partial(jw.group_norm, n_groups=2), (4, 6, 2, 4), (1, 3)),
+    "instance": (jw.instance_norm, SHAPE, (1,)),
+    "batch": (jw.batch_norm, SHAPE, (0, 1)),
+    "ghost": (functools.partial(jw.batch_norm, ghost_size=2), (2, 2, 6, 8), (1, 2)),
+}
+every_norm = pytest.mark.parametrize("name", NORMS)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def arguments(dtype):
+    return tuple(jnp.asarray(a, dtype) for a in (normal(*SHAPE) * 2 + 1, normal(8, seed=1) + 1, normal(8, seed=2)))
+
+
+def ours(name, where=None, **options):
+    return functools.partial(NORMS[name][0], where=None if where is None else jnp.asarray(where), **options)
+
+
+def formula(name, where=None, eps=1e-5):
+    """Plain two-pass statistics and nothing else: in float64 JAX's own derivative of it is the oracle."""
+    _, split, axis = NORMS[name]
+    where = np.broadcast_to(True if where is None else where, SHAPE).reshape(split)
+    average = lambda y: jnp.sum(y, axis, keepdims=True, where=where) / np.maximum(where.sum(axis, keepdims=True), 1)
+
+    def f(x, scale, bias):
+        y = x.reshape(split)
+        y = y - (0 if name == "rms" else average(y))
+        y = (y / jnp.sqrt(average(y**2) + eps)).reshape(SHAPE) * scale
+        return y if name == "rms" else y + bias
+
+    return f
+
+
+@every_norm
+@pytest.mark.parametrize("where", [None, MASK], ids=["whole", "masked"])
+def test_values_and_gradients(name, where):
+    with enable_x64(True):
+        args, cotangent = arguments(jnp.float64), jnp.asarray(normal(*SHAPE, seed=3))
+        f = ours(name, where, eps=1e-5)
+        pull = lambda f: jax.jit(lambda *a: (lambda y, pull: (y, *pull(cotangent)))(*jax.vjp(f, *a)))(*args)
+        for found, expected in zip(pull(f), pull(formula(name, where)), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-11)
+        check_grads(jax.jit(f), args, order=1, modes=["fwd", "rev"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["layer", "batch"])
+def test_second_derivatives_in_every_order(name):
+    with enable_x64(True):
+        (x, scale, bias), v = arguments(jnp.float64), jnp.asarray(normal(*SHAPE, seed=3))
+        loss = lambda f: lambda x: jnp.sum(jnp.sin(f(x, scale, bias)))
+        orders = (
+            lambda f: jax.jvp(jax.grad(loss(f)), (x,), (v,))[1],
+            lambda f: jax.vjp(jax.grad(loss(f)), x)[1](v)[0],
+            lambda f: jax.grad(lambda x: jax.jvp(loss(f), (x,), (v,))[1])(x),
+            lambda f: jax.jvp(lambda x: jax.jvp(loss(f), (x,), (v,))[1], (x,), (v,))[1],
+        )
+        for i, order in enumerate(orders):
+            expected = orders[0](formula(name))
+            expected = jnp.vdot(expected, v) if i == 3 else expected
+            np.testing.assert_allclose(jax.jit(order, static_argnums=0)(ours(name, eps=1e-5)), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["layer", "rms"])
+def test_jacobians_of_many_directions(name):
+    """XLA for CPUs (jaxlib 0.10) errs in sums of products where `vmap` gives a batch axis to one factor alone."""
+    f, (x, scale, bias) = ours(name), (jnp.float32(normal(*s)) for s in ((8, 6, 16), (16,), (16,)))
+    directions = jnp.float32(normal(768, 8, 6, 16, seed=1))
+    push = lambda v: jax.jvp(lambda x: f(x, scale, bias), (x,), (v,))[1]
+    pull = lambda v: jax.vjp(lambda x: f(x, scale, bias), x)[1](v)[0]
+    for linear in (push, pull):
+        together = jax.jit(jax.vmap(linear))(directions)
+        np.testing.assert_allclose(together[-8:], jax.lax.map(linear, directions[-8:]), atol=2e-5)
+
+
+@every_norm
+@pytest.mark.parametrize("mean", [0, 1e2, 1e3, 1e4])
+@pytest.mark.parametrize("where", [None, True], ids=["whole", "masked"])
+def test_a_distant_mean_costs_no_more_than_its_own_rounding(name, mean, where):
+    """In float32 the mean is known to 2^-24 of its size, so two passes are off by at least 6e-4 at a mean of 1e4."""
+    shape, axis = (8, 64, 32), NORMS[name][2]
+    x = np.float32(normal(*shape) + mean)
+    where = None if where is None else np.random.default_rng(9).random(shape) < 0.9
+    split = {"group": (8, 64, 2, 16), "ghost": (4, 2, 64, 32)}.get(name, shape)
+    exact, counts = np.float64(x).reshape(split), np.full(shape, True) if where is None else where
+    average = lambda y: y.mean(axis, keepdims=True, where=counts.reshape(split))
+    exact = exact - (0 if name == "rms" else average(exact))
+    exact = (exact / np.sqrt(average(exact**2) + 1e-5)).reshape(shape)
+    found = jax.jit(ours(name, where, eps=1e-5))(x, jnp.ones(32), jnp.zeros(32))
+    np.testing.assert_allclose(found, exact, rtol=0, atol=max(4e-6, (2e-7 if where is None else 3e-7) * mean))
+
+
+# What a gradient stores
+
+
+def stored(f, *args):
+    return jax.tree.leaves(jax.vjp(f, *args)[1])
+
+
+@every_norm
+@pytest.mark.parametrize("where", [None, POSITIONS], ids=["whole", "masked"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_gradient_stores_x_in_its_own_dtype_and_numbers_per_statistic(name, where, dtype):
+    args, (_, split, axis) = arguments(dtype), NORMS[name]
+    n_statistics = np.prod([s for a, s in enumerate(split) if a not in axis])
+    for f in (ours(name, where), jax.jit(ours(name, where))):
+        kept = stored(f, *args)
+        assert [a.dtype for a in kept if a.size >= args[0].size] == [dtype]
+        limit = args[0].nbytes + 4 * n_statistics * (2 if where is None else 3) + 4 * 8 + 6
+        assert sum(a.nbytes for a in kept) <= limit
+
+
+@pytest.mark.parametrize("name", ["layer", "rms", "batch"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_gradient_stores_at_most_half_of_what_flax_does_and_a_quarter_in_16_bits(name, dtype):
+    x = jnp.asarray(normal(256, 512), dtype)
+    options = {"use_running_average": False, "dtype": dtype} if name == "batch" else {"dtype": dtype}
+    module = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm}[name](**options)
+    variables = module.init(jax.random.key(0), x)
+    params, rest = variables["params"], {n: v for n, v in variables.items() if n != "params"}
+    flax = lambda x, params: module.apply({"params": params, **rest}, x, mutable=list(rest))[0]
+    mine = lambda x, params: NORMS[name][0](x, params["scale"], params.get("bias"))
+    mine, flax = (sum(a.nbytes for a in stored(f, x, params)) for f in (mine, flax))
+    assert mine < flax / (1.95 if dtype == jnp.float32 else 3.9)
+
+
+def test_frozen_statistics_store_x_in_its_own_dtype():
+    x, scale, bias = arguments(jnp.bfloat16)
+    mean, var = jnp.float32(normal(8, seed=3)), jnp.ones(8)
+    kept = stored(lambda *a: jw.batch_norm(*a, mean=mean, var=var), x, scale, bias)
+    assert [a.dtype for a in kept if a.size >= x.size] == [jnp.bfloat16]
+
+
+@pytest.mark.parametrize("name", ["layer", "batch"])
+def test_gradients_of_16_bits_are_summed_in_32(name):
+    """Against float64 of the same rounded input: 4,096 terms summed in bfloat16 would be off by several percent."""
+    x, ct = (jnp.asarray(normal(4096, 4, seed=s), jnp.bfloat16) for s in (0, 1))
+    f = NORMS[name][0]
+    _, pull = jax.vjp(f, x, jnp.ones(4), jnp.zeros(4))
+    dx, d_scale, d_bias = jax.jit(pull)(ct + 1)
+    exact_x, exact_ct = np.float64(x), np.float64(ct + 1)
+    axis = -1 if name == "layer" else 0
+    z = exact_x - exact_x.mean(axis, keepdims=True)
+    r = 1 / np.sqrt((z**2).mean(axis, keepdims=True) + (1e-6 if name == "layer" else 1e-5))
+    z *= r
+    average = lambda y: y.mean(axis, keepdims=True)
+    np.testing.assert_allclose(d_scale, (z * exact_ct).sum(0), rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(d_bias, exact_ct.sum(0), rtol=1e-5)
+    expected = r * (exact_ct - average(exact_ct) - z * average(z * exact_ct))
+    np.testing.assert_allclose(np.float64(dx), expected, rtol=2**-8, atol=2e-2 * np.abs(expected).max() * 2**-6)
+
+
+# Masks
+
+
+def test_a_sample_in_which_nothing_counts_becomes_its_bias():
+    x, scale, bias = arguments(jnp.float32)
+    where = np.ones(SHAPE, bool)
+    where[1] = False
+    for name in ("layer", "rms", "group", "instance"):
+        f = ours(name, where)
+        y, pull = jax.vjp(f, x, scale, bias)
+        np.testing.assert_array_equal(y[1], np.broadcast_to(0 if name == "rms" else bias, SHAPE[1:]))
+        dx, d_scale, _ = pull(jnp.ones_like(y))
+        assert not dx[1].any() and np.isfinite(dx).all() and np.isfinite(d_scale).all()
+        np.testing.assert_allclose(y[0], ours(name)(x, scale, bias)[0], rtol=1e-5, atol=1e-5)
+    y, pull = jax.vjp(ours("batch", np.zeros(SHAPE, bool)), x, scale, bias)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, SHAPE))
+    assert not pull(jnp.ones_like(y))[0].any()
+
+
+@every_norm
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_does_not_count_may_be_nan(name, bad):
+    """Neither the other entries nor their gradients see it, where the loss does not see it either."""
+    x, scale, bias = arguments(jnp.float32)
+    weight = jnp.where(MASK, normal(*SHAPE, seed=3), 0)
+    value = jax.jit(jax.vjp, static_argnums=0)
+    results = []
+    for fill in (0.0, bad):
+        y, pull = value(ours(name, MASK), jnp.where(MASK, x, fill), scale, bias)
+        results.append((jnp.where(MASK, y, 0), *pull(weight)))
+    for clean, filled in zip(*results, strict=True):
+        np.testing.assert_array_equal(clean, filled)
+
+
+@pytest.mark.parametrize("name", ["layer", "group", "ghost"])
+@pytest.mark.parametrize("shape", [(), (8,), (6, 1), (4, 1, 1)])
+def test_a_mask_may_have_any_shape_that_broadcasts(name, shape):
+    args, where = arguments(jnp.float32), normal(*shape, seed=4) > -0.5
+    found, expected = (jax.jit(ours(name, w))(*args) for w in (where, np.broadcast_to(where, SHAPE)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
