@@ -167,6 +167,22 @@ def check_axis(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
     return resolved
 
 
+def count_groups(n_features: int, num_groups: int | None, group_size: int | None) -> int:
+    """How many groups the features make, given their number or their size, or an error."""
+    if (num_groups is None) == (group_size is None):
+        raise ValueError(
+            f"give num_groups or group_size and None for the other, got {num_groups!r} and {group_size!r}: "
+            f"num_groups is 32 by default"
+        )
+    if group_size is None:
+        assert num_groups is not None
+        return num_groups
+    check_integer("group_size", group_size, 1)
+    if n_features % group_size:
+        raise ValueError(f"group_size={group_size} does not divide the {n_features} features")
+    return n_features // group_size
+
+
 def _normalize_samples(x, scale, bias, axis, where, eps, centered: bool) -> jax.Array:
     x = check_weight(x, "x")
     over = check_axis(axis, x.shape)

@@ -2,7 +2,7 @@
 
 from jaxweights.lifts.linen.batch_norm import BatchNorm
 from jaxweights.lifts.linen.capture import capture
-from jaxweights.lifts.linen.layer_norm import LayerNorm
+from jaxweights.lifts.linen.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from jaxweights.lifts.linen.transformed import Transformed, fold
 
-__all__ = ["BatchNorm", "LayerNorm", "Transformed", "capture", "fold"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "Transformed", "capture", "fold"]

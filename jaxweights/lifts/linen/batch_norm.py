@@ -7,6 +7,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
+from jaxweights.lifts.linen.affine import scale_and_bias
 from jaxweights.techniques.batch_norm import batch_norm, train_batch_norm
 from jaxweights.techniques.batch_norm.statistics import check_features
 
@@ -47,8 +48,7 @@ class BatchNorm(nn.Module):
         shape = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         var = self.variable("batch_stats", "var", jnp.ones, shape)
-        scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else None
-        bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
+        scale, bias = scale_and_bias(self, shape, self.use_scale, self.use_bias)
         if evaluate:
             return batch_norm(x, scale, bias, mean=mean.value, var=var.value, eps=self.epsilon)
         y, running = train_batch_norm(

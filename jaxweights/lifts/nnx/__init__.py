@@ -3,7 +3,18 @@
 from jaxweights.lifts.nnx.batch_norm import BatchNorm
 from jaxweights.lifts.nnx.capture import capture
 from jaxweights.lifts.nnx.fold_batch_norm import fold_batch_norms
-from jaxweights.lifts.nnx.layer_norm import LayerNorm
+from jaxweights.lifts.nnx.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from jaxweights.lifts.nnx.transformed import TransformVariable, fold, transformed
 
-__all__ = ["BatchNorm", "LayerNorm", "TransformVariable", "capture", "fold", "fold_batch_norms", "transformed"]
+__all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+    "TransformVariable",
+    "capture",
+    "fold",
+    "fold_batch_norms",
+    "transformed",
+]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxweights.checks import check_shape
-from jaxweights.lifts.nnx.variables import value
+from jaxweights.lifts.nnx.variables import scale_and_bias, value
 from jaxweights.techniques.batch_norm import batch_norm, train_batch_norm
 
 
@@ -59,8 +59,7 @@ class BatchNorm(nnx.Module):
         shape = check_shape("num_features", (num_features,))
         self.mean = nnx.BatchStat(jnp.zeros(shape))
         self.var = nnx.BatchStat(jnp.ones(shape))
-        self.scale = nnx.Param(jnp.ones(shape)) if use_scale else nnx.data(None)
-        self.bias = nnx.Param(jnp.zeros(shape)) if use_bias else nnx.data(None)
+        self.scale, self.bias = scale_and_bias(shape, use_scale, use_bias)
         self.use_running_average = use_running_average
         self.momentum, self.convention = momentum, convention
         self.epsilon, self.axis_name = epsilon, axis_name

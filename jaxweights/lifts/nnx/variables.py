@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+
+
+def scale_and_bias(shape: tuple[int, ...], use_scale: bool, use_bias: bool):
+    """A learned scale and bias, 1 and 0 at first; None, as data, for what is not used."""
+    scale = nnx.Param(jnp.ones(shape)) if use_scale else nnx.data(None)
+    bias = nnx.Param(jnp.zeros(shape)) if use_bias else nnx.data(None)
+    return scale, bias
 
 
 def value(variable: nnx.Variable | None) -> jax.Array | None:
