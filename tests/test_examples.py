@@ -163,3 +163,22 @@ def test_channel_pruning_leaves_a_smaller_model_with_the_outputs_of_the_masked_o
     assert result.accuracy["masked"] == pytest.approx(result.accuracy["removed"], abs=0.004)
     assert result.entries[1] < result.entries[0] / 3
     assert "Removed and masked differ by" in capsys.readouterr().out
+
+
+def test_a_gan_with_either_critic(tmp_path, monkeypatch, capsys):
+    """Bounds of the critics' slopes are bounds, and that of normalized convolutions is 1."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import gan
+
+    picture = tmp_path / "gan.png"
+    critics = ["--critics", "clipping", "ConvSpectralNorm"]
+    results = gan.main([*critics, "--steps", "20", "--width", "8", "--out", str(picture)])
+    for r in results.values():
+        assert (np.array(r.curves.lower) <= np.array(r.curves.upper) * (1 + 1e-4)).all()
+        assert np.isfinite(r.curves.distance).all() and r.samples.shape == (64, 8, 8, 1)
+    clipped, normalized = results["clipping"], results["ConvSpectralNorm"]
+    assert normalized.curves.upper[-1] == pytest.approx(1, abs=0.03)
+    assert normalized.curves.lower[-1] > 0.1
+    assert clipped.curves.upper[-1] < 0.1
+    assert picture.stat().st_size > 20_000
+    assert "held-out real images" in capsys.readouterr().out
