@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -118,6 +119,18 @@ def way(critic: str, size: int, width: int) -> Way:
     return Way(hinge, sn_gan, transform={**rules, "head/kernel": jw.SpectralNorm()})
 
 
+@partial(jax.jit, static_argnums=0)
+def initialize(model: nn.Module, key: jax.Array, x: jax.Array) -> dict[str, Any]:
+    return model.init(key, x)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def draw(generator: Generator, params: Any, key: jax.Array, n: int) -> jax.Array:
+    """Generated images."""
+    z = jax.random.normal(key, (n, LATENT))
+    return generator.apply({"params": params}, z, mutable=["batch_stats"])[0]
+
+
 class State(NamedTuple):
     """All that training moves."""
 
@@ -140,21 +153,15 @@ class Gan:
         clip = [jw.project(way.project, "**")] if way.project else []
         self.txs = way.optimizer, optax.chain(way.optimizer, *clip)
         keys = jax.random.split(jax.random.key(seed), 3)
-        generator = jax.jit(self.generator.init)(keys[0], jnp.zeros((1, LATENT)))["params"]
+        generator = initialize(self.generator, keys[0], jnp.zeros((1, LATENT)))["params"]
         rest = dict(jax.jit(self.critic.init)(keys[1], images[:1]))
         critic = rest.pop("params")
         states = self.txs[0].init(generator), self.txs[1].init(critic)
         self.state, self.key = State(generator, generator, critic, rest, states), keys[2]
         self._move_critic, self._move_generator = jax.jit(self._critic_step), jax.jit(self._generator_step)
-        self._draw = jax.jit(self.draw, static_argnums=2)
 
-    def draw(self, params, key, n: int) -> jax.Array:
-        """Generated images."""
-        z = jax.random.normal(key, (n, LATENT))
-        return self.generator.apply({"params": params}, z, mutable=["batch_stats"])[0]
-
-    def samples(self, n: int, seed: int = 0) -> jax.Array:
-        return self._draw(self.state.average, jax.random.key(seed), n)
+    def samples(self, n: int) -> jax.Array:
+        return draw(self.generator, self.state.average, jax.random.key(0), n)
 
     def weights(self) -> dict[str, Any]:
         """Those that the critic computes with, of a plain `Critic`."""
@@ -171,7 +178,7 @@ class Gan:
     def _critic_step(self, state: State, key) -> State:
         keys = jax.random.split(key)
         real = self.images[jax.random.randint(keys[0], (BATCH,), 0, len(self.images))]
-        both = jnp.concatenate([real, self.draw(state.generator, keys[1], BATCH)])
+        both = jnp.concatenate([real, draw(self.generator, state.generator, keys[1], BATCH)])
 
         def loss(params):
             scores, rest = self.critic.apply({"params": params, **state.rest}, both, mutable=list(state.rest))
@@ -184,7 +191,7 @@ class Gan:
 
     def _generator_step(self, state: State, key) -> State:
         variables = {"params": state.critic, **state.rest}
-        loss = lambda params: -self.critic.apply(variables, self.draw(params, key, BATCH)).mean()
+        loss = lambda params: -self.critic.apply(variables, draw(self.generator, params, key, BATCH)).mean()
         updates, moved = self.txs[0].update(jax.grad(loss)(state.generator), state.optimizers[0])
         generator = optax.apply_updates(state.generator, updates)
         average = optax.incremental_update(generator, state.average, AVERAGE)

@@ -181,4 +181,4 @@ def test_a_gan_with_either_critic(tmp_path, monkeypatch, capsys):
     assert normalized.curves.lower[-1] > 0.1
     assert clipped.curves.upper[-1] < 0.1
     assert picture.stat().st_size > 20_000
-    assert "held-out real images" in capsys.readouterr().out
+    assert "(real, held out)" in capsys.readouterr().out
