@@ -14,7 +14,7 @@ from jaxweights.lifts.capture import capture
 from jaxweights.lifts.data_init import data_dependent_init
 from jaxweights.lifts.fold_batch_norm import fold_batch_norms
 from jaxweights.lifts.mup import mup_init
-from jaxweights.lifts.optax import add_weight_decay, project, scale_by_mup
+from jaxweights.lifts.optax import add_weight_decay, confine, project, scale_by_mup
 from jaxweights.lifts.plots import plot_density, plot_mask
 from jaxweights.lifts.rewrite import reinitialize, tie
 from jaxweights.lifts.summary import Summary, WeightSummary, summarize
@@ -48,12 +48,25 @@ from jaxweights.techniques.quantization import (
     quantize,
 )
 from jaxweights.techniques.sparsification import (
+    AlternatingSparsity,
+    Blocks,
+    ErdosRenyi,
+    Global,
+    InputUnits,
+    OutputUnits,
+    PolynomialSparsity,
     Prune,
+    Regrow,
     Sparsify,
+    drop_and_grow,
+    keep_largest,
     magnitude_mask,
+    pack_mask,
     repair,
+    scores,
     sparsegpt,
     sparsify,
+    unpack_mask,
     wanda_mask,
 )
 from jaxweights.techniques.sparsification.storage import (
@@ -109,9 +122,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlternatingSparsity",
     "Around",
     "Axes",
     "BlockSparseArray",
+    "Blocks",
     "BoundNorm",
     "BoundSum",
     "Center",
@@ -121,14 +136,20 @@ __all__ = [
     "ClipSingularValues",
     "ClipWeights",
     "ConvSpectralNorm",
+    "ErdosRenyi",
     "FakeQuantize",
+    "Global",
     "InputStats",
+    "InputUnits",
     "L1Ball",
     "L1Sphere",
     "Orthogonalize",
+    "OutputUnits",
     "PackedArray",
+    "PolynomialSparsity",
     "Prune",
     "QuantizedArray",
+    "Regrow",
     "ShareWeights",
     "Simplex",
     "Sparsify",
@@ -157,10 +178,12 @@ __all__ = [
     "clip_singular_values",
     "clip_weights",
     "cluster",
+    "confine",
     "conv_index",
     "conv_spectral_norm",
     "data_dependent_init",
     "dequantize",
+    "drop_and_grow",
     "fake_quantize",
     "fans",
     "fold_batch_norm",
@@ -171,6 +194,7 @@ __all__ = [
     "he_uniform",
     "initializers",
     "instance_norm",
+    "keep_largest",
     "layer_norm",
     "lecun_normal",
     "lecun_uniform",
@@ -185,6 +209,7 @@ __all__ = [
     "orthogonalize",
     "pack",
     "pack_blocks",
+    "pack_mask",
     "plot_density",
     "plot_mask",
     "project",
@@ -198,6 +223,7 @@ __all__ = [
     "rms_norm",
     "running_stats",
     "scale_by_mup",
+    "scores",
     "share",
     "sparsegpt",
     "sparsify",
@@ -209,6 +235,7 @@ __all__ = [
     "to_csr",
     "unit_groups",
     "unit_norms",
+    "unpack_mask",
     "wanda_mask",
     "weight_decay",
     "weight_normalize",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -113,3 +114,22 @@ def check_state(state, **shapes: tuple[int, ...] | None) -> None:
             raise ValueError(
                 f"the state has {name!r} of shape {jnp.shape(state[name])}, this weight needs {shape}: {remedy}"
             )
+
+
+@contextlib.contextmanager
+def naming(name: str, path: str):
+    """Adds the name of the transform and the path, if there is one, to the errors of bad input."""
+    if not path:
+        yield
+        return
+    try:
+        yield
+    except KeyError as e:
+        raise ValueError(
+            f"{name} at {path!r}: the state has no {e}. Pass the state that init returned for this tree; "
+            f"for a Linen module, all the collections that it returned"
+        ) from e
+    except (TypeError, ValueError) as e:
+        if type(e) not in (TypeError, ValueError):
+            raise
+        raise type(e)(f"{name} at {path!r}: {e}") from e

@@ -90,13 +90,10 @@ def round_half_up(fraction: float | jax.Array, n: int) -> int | jax.Array:
     return share(fraction, n).lo.astype(jnp.int32)
 
 
-def portion(n: Count, part: int, whole: int) -> Count:
-    """n·part/whole of two Python integers, their ratio taken to 32 bits, half a count rounded up."""
-    if part >= whole:
-        return n
-    ratio = min((part * 2**32 + whole // 2) // whole, 2**32 - 1)
+def scaled(n: Count, ratio: jax.Array) -> Count:
+    """n·ratio/2³², half a count rounded up."""
     digits = [limb >> s & 0xFFFF for limb in (n.lo, n.hi) for s in (0, 16)]
-    d = _product(digits, [jnp.uint32(ratio & 0xFFFF), jnp.uint32(ratio >> 16)], half=2**31)
+    d = _product(digits, [ratio & 0xFFFF, ratio >> 16], half=2**31)
     return Count(d[4] | d[5] << 16, d[2] | d[3] << 16)
 
 

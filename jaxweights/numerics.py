@@ -67,13 +67,13 @@ def automatic(f: Callable[..., Any], w: jax.Array, *arguments, like: Any = None)
     """f(w, *arguments) with the shardings inside left to the compiler, whatever kind of mesh `w` lies on.
 
     On a mesh of explicit axes (`jax.make_mesh`'s default) a contraction or a scatter over a sharded axis must be told
-    how its result is sharded. This says it once: as `like`, an array or a tree of them as the result is, or replicated,
-    which suits small results.
+    how its result is sharded. This says it once: as `like`, an array or a partition, or a tree of them, as the result
+    is, or replicated, which suits small results.
     """
     mesh = jax.typeof(w).sharding.mesh
     if mesh.empty or not mesh.explicit_axes:
         return f(w, *arguments)
-    spec = lambda a: jax.typeof(a).sharding.spec
+    spec = lambda a: a if isinstance(a, jax.sharding.PartitionSpec) else jax.typeof(a).sharding.spec
     out = jax.sharding.PartitionSpec() if like is None else jax.tree.map(spec, like)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.auto_axes(f, out_sharding=out)(w, *arguments)
@@ -89,6 +89,17 @@ def each_matrix(f: Callable[..., Any], *arrays: jax.Array) -> Any:
     for _ in arrays[0].shape[:-2]:
         f = jax.vmap(f)
     return f(*arrays)
+
+
+def where_needed(needed: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
+    """f(x) if `needed`, else x: a loop of one turn at most.
+
+    A `cond` that is batched by `vmap` always runs both of its branches. This runs f only if one of the batch needs it.
+    """
+    sharding = lambda a: jax.typeof(a).sharding
+    like = lambda new, old: new if sharding(new) == sharding(old) else jax.sharding.reshard(new, sharding(old))
+    turn = lambda state: (jnp.zeros_like(needed), jax.tree.map(like, f(state[1]), state[1]))
+    return jax.lax.while_loop(lambda state: state[0], turn, (needed, x))[1]
 
 
 def round_to(dtype, x: jax.Array) -> jax.Array:

@@ -67,6 +67,14 @@ def smallest_masks(
     return list(_smallest(tuple(xs), count(k), None, rank)) if xs else []
 
 
+def count_true(mask: jax.Array, axis: Sequence[int]) -> Count:
+    """How many entries of a mask are true over these axes, as `smallest_mask` takes it."""
+    pool = _Pool(mask, tuple(axis))
+    shape = [1 if a in axis else n for a, n in enumerate(mask.shape)]
+    (found,) = pool.count([pool.x])
+    return Count(*(limb.reshape(shape) for limb in found))
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _smallest(xs: tuple[jax.Array, ...], k: Count, axis: tuple[int, ...] | None, rank: Rank) -> tuple[jax.Array, ...]:
     """The masks of the k smallest; `axis` None is all axes of each."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes
-from jaxweights.checks import check_scalar, check_state
+from jaxweights.checks import check_scalar, check_state, naming
 
 State = dict[str, jax.Array]
+Weights = Mapping[str, jax.Array]
+"""Weights, or what belongs to each, by path."""
 Number = float | jax.Array
 """A number, or a scalar array, traced or not."""
 Scalar = Number | Callable[[jax.Array], Any]
@@ -56,6 +58,32 @@ class Transform:
     def apply(self, w: jax.Array, state: State) -> jax.Array:
         """The transformed weight."""
         raise TypeError(f"{type(self).__name__} defines no apply: a transform is at least apply(w, state)")
+
+    @property
+    def joint(self) -> bool:
+        """Whether the state of a weight depends on the other weights that a rule of `on_tree` selects.
+
+        The tree then calls `init_all` and `update_all` on all of them at once. `apply` is always of one.
+        """
+        return False
+
+    def init_all(self, ws: Weights, keys: Mapping[str, jax.Array], axes: Mapping[str, Axes]) -> dict[str, State]:
+        """`init` of several weights by path; `axes` are those that the tree tells of them."""
+        return self.each(ws, axes, lambda t, path: t.init(ws[path], keys[path]))
+
+    def update_all(
+        self, ws: Weights, states: Mapping[str, State], grads: Mapping[str, jax.Array | None], axes: Mapping[str, Axes]
+    ) -> dict[str, State]:
+        """`update` of several weights by path."""
+        return self.each(ws, axes, lambda t, path: t.update(ws[path], states[path], grads[path]))
+
+    def each(self, paths: Iterable[str], axes: Mapping[str, Axes], f: Callable[[Any, str], Any]) -> dict[str, Any]:
+        """{path: f(this spec with the axes of the path, path)}, with the path named in errors."""
+        results = {}
+        for path in paths:
+            with naming(type(self).__name__, path):
+                results[path] = f(self.with_axes(axes[path]) if path in axes else self, path)
+        return results
 
     def anchor(self, w: jax.Array, state: State) -> float | jax.Array:
         """The side to err on: where no update gives `apply(w)` bit for bit, `project` stops short of it towards here.
@@ -109,23 +137,28 @@ class Chain(Transform):
         learned = frozenset(f"{i}.{n}" for i, t in enumerate(transforms) for n in t.learned)
         object.__setattr__(self, "learned", learned)
 
+    @property
+    def joint(self) -> bool:
+        """If one of them is."""
+        return any(t.joint for t in self.transforms)
+
     def init(self, w, key):
         """The states of all, each made for the weight as the ones before it leave it."""
-        state: State = {}
-        for i, t in enumerate(self.transforms):
-            part = t.init(w, jax.random.fold_in(key, i))
-            w = t.apply(w, part)
-            state |= {f"{i}.{n}": a for n, a in part.items()}
-        return state
+        return self.init_all({"": w}, {"": key}, {})[""]
 
     def update(self, w, state, grad=None):
         """Updates each on the weight as the ones before it leave it."""
-        new: State = {}
-        for i, t in enumerate(self.transforms):
-            part = t.update(w, self._part(i, state), grad)
-            w = t.apply(w, part)
-            new |= {f"{i}.{n}": a for n, a in part.items()}
-        return new
+        return self.update_all({"": w}, {"": state}, {"": grad}, {})[""]
+
+    def init_all(self, ws, keys, axes):
+        """The states of all for several weights by path."""
+        make = lambda i, t, ws: t.init_all(ws, {p: jax.random.fold_in(k, i) for p, k in keys.items()}, axes)
+        return self._all(ws, axes, make)
+
+    def update_all(self, ws, states, grads, axes):
+        """Updates each for several weights by path."""
+        parts = lambda i: {p: self._part(i, s) for p, s in states.items()}
+        return self._all(ws, axes, lambda i, t, ws: t.update_all(ws, parts(i), grads, axes))
 
     def apply(self, w, state):
         """Applies each in turn."""
@@ -141,6 +174,16 @@ class Chain(Transform):
     def with_axes(self, axes):
         """The chain of the members with `axes`."""
         return Chain(*(t.with_axes(axes) for t in self.transforms))
+
+    def _all(self, ws: Weights, axes: Mapping[str, Axes], f) -> dict[str, State]:
+        """The states f(i, t, ws) of all, by path, each for the weights as the ones before it leave them."""
+        states: dict[str, State] = {p: {} for p in ws}
+        for i, t in enumerate(self.transforms):
+            parts = f(i, t, ws)
+            ws = t.each(ws, axes, lambda t, path, ws=ws, parts=parts: t.apply(ws[path], parts[path]))
+            for path, part in parts.items():
+                states[path] |= {f"{i}.{n}": a for n, a in part.items()}
+        return states
 
     def _part(self, i: int, state: State) -> State:
         check_state(state)

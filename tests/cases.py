@@ -110,6 +110,9 @@ TRANSFORMS = [
     Case("sparsify schedule", lambda: jw.Sparsify(halving)),
     Case("prune", lambda: jw.Prune(0.7)),
     Case("prune schedule", lambda: jw.Prune(growing), shape=CONV),
+    Case("prune global", lambda: jw.Prune(growing, distribution=jw.Global()), shape=CONV),
+    Case("prune n:m stack", lambda: jw.Prune((2, 4), axes=stack_axes, straight_through=True), shape=STACK),
+    Case("regrow", lambda: jw.Regrow(jw.Prune(0.7), grow=jw.scores.random, fraction=halving, every=1)),
     Case("chain", lambda: jw.Chain(jw.SpectralNorm(), jw.WeightNorm(), jw.ClipWeights(halving)), idempotent=False),
 ]
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from bad_input import modules, shapes, specs, trees, weights
+from bad_input import modules, shapes, sparsity, specs, trees, weights
 from bad_input.vocabulary import W
 
 import jaxweights as jw
 
-TABLES = (weights, shapes, specs, trees, modules)
+TABLES = (weights, sparsity, shapes, specs, trees, modules)
 CASES = [case for table in TABLES for case in table.CASES]
 TRACED = [case for case in CASES if inspect.signature(case[1]).parameters.get("w")]
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from jaxweights.axes import Axes
-from jaxweights.lifts.paths import flatten, naming
+from jaxweights.checks import naming
+from jaxweights.lifts.paths import flatten
 from jaxweights.techniques.batch_norm import fold_batch_norm
 
 

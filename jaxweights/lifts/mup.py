@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, infer_axes
-from jaxweights.lifts.paths import flatten, is_weight, naming, select
+from jaxweights.checks import naming
+from jaxweights.lifts.paths import flatten, is_weight, select
 from jaxweights.techniques.initialization import MupScales, mup
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import zlib
@@ -70,22 +69,6 @@ def select(
         for i in matched:
             chosen.setdefault(i, value)
     return chosen
-
-
-@contextlib.contextmanager
-def naming(name: str, path: str):
-    """Adds the name of the transform and the path to the errors of bad input."""
-    try:
-        yield
-    except KeyError as e:
-        raise ValueError(
-            f"{name} at {path!r}: the state has no {e}. Pass the state that init returned for this tree; "
-            f"for a Linen module, all the collections that it returned"
-        ) from e
-    except (TypeError, ValueError) as e:
-        if type(e) not in (TypeError, ValueError):
-            raise
-        raise type(e)(f"{name} at {path!r}: {e}") from e
 
 
 def check_params(name: str, params: Any) -> None:

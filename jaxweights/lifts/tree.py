@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxweights.axes import infer_axes
-from jaxweights.lifts.paths import Where, check_structure, flatten, is_weight, key_of, naming, select
+from jaxweights.axes import Axes, infer_axes
+from jaxweights.checks import naming
+from jaxweights.lifts.paths import Where, check_structure, flatten, is_weight, key_of, select
 from jaxweights.transform import State, Transform, check_transform
 
 
@@ -38,7 +40,9 @@ class TreeTransform:
         paths, leaves, _ = flatten(params)
         chosen = self._chosen(paths, leaves)
         keys = {i: key_of(key, paths[i]) for i in chosen}
-        new = _by_shape({i: (t, (leaves[i], keys[i])) for i, t in chosen.items()}, paths, lambda t, w, k: t.init(w, k))
+        work = {i: (t, (leaves[i], keys[i])) for i, t in chosen.items()}
+        new = self._joint(work, paths, leaves, lambda t, *arguments: t.init_all(*arguments))
+        new |= _by_shape(work, paths, lambda t, w, k: t.init(w, k))
         learned, fixed = {}, {}
         for i, state in new.items():
             names = chosen[i].learned
@@ -62,11 +66,12 @@ class TreeTransform:
             by_path = dict(zip(grad_paths, grad_leaves, strict=True))
         given = lambda i, t: (leaves[i], self._state(paths[i], state, t), by_path.get(paths[i]))
         work = {i: (t, jax.lax.stop_gradient(given(i, t))) for i, t in chosen.items()}
+        new = self._joint(work, paths, leaves, lambda t, *arguments: t.update_all(*arguments))
         for i in [i for i in work if paths[i] not in state.fixed]:  # nothing to move; the transform checks that
             t, arguments = work.pop(i)
             with naming(type(t).__name__, paths[i]):
                 t.update(*arguments)
-        new = _by_shape(work, paths, lambda t, w, s, g: t.update(w, s, g))
+        new |= _by_shape(work, paths, lambda t, w, s, g: t.update(w, s, g))
         fixed = dict(state.fixed)
         for i, entry in new.items():
             fixed[paths[i]] = {n: a for n, a in entry.items() if n not in chosen[i].learned}
@@ -75,12 +80,21 @@ class TreeTransform:
     def apply(self, params: Any, state: TreeState) -> Any:
         """`params` with every selected weight transformed; differentiable in `params` and `state.learned`."""
         paths, leaves, treedef = flatten(params)
+        maps = self.maps(params, state)
+        new = [maps[path](w) if path in maps else w for path, w in zip(paths, leaves, strict=True)]
+        return jax.tree_util.tree_unflatten(treedef, new)
+
+    def maps(self, params: Any, state: TreeState) -> dict[str, Callable[[jax.Array], jax.Array]]:
+        """w -> w' of each selected weight, by path, under this state."""
+        paths, leaves, _ = flatten(params)
         chosen = self._chosen(paths, leaves)
         self._check(state, paths, chosen)
-        for i, t in chosen.items():
-            with naming(type(t).__name__, paths[i]):
-                leaves[i] = t.apply(leaves[i], self._state(paths[i], state, t))
-        return jax.tree_util.tree_unflatten(treedef, leaves)
+
+        def mapped(w: jax.Array, *, t: Transform, path: str) -> jax.Array:
+            with naming(type(t).__name__, path):
+                return t.apply(w, self._state(path, state, t))
+
+        return {paths[i]: functools.partial(mapped, t=t, path=paths[i]) for i, t in chosen.items()}
 
     def anchors(self, params: Any, state: TreeState) -> dict[str, float | jax.Array]:
         """The anchor of each selected weight, by path: the side on which `project` rounds."""
@@ -94,9 +108,25 @@ class TreeTransform:
         return {paths[i]: t for i, t in self._chosen(paths, leaves).items()}
 
     def _chosen(self, paths: list[str], leaves: list[Any]) -> dict[int, Transform]:
-        chosen = select(paths, leaves, self.rules, self.where)
-        inferred = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
+        chosen, inferred = select(paths, leaves, self.rules, self.where), _inferred(paths, leaves)
         return {i: t.with_axes(inferred[paths[i]]) if paths[i] in inferred else t for i, t in sorted(chosen.items())}
+
+    def _joint(self, work: dict[int, Any], paths: list[str], leaves: list[Any], f) -> dict[int, State]:
+        """What f(transform, *{path: argument}, axes) makes of each rule that is joint, taken out of the work."""
+        joint = [n for n, (_, t) in enumerate(self.rules) if t.joint]
+        if not joint:
+            return {}
+        rules = [(pattern, n) for n, (pattern, _) in enumerate(self.rules)]
+        rule, inferred = select(paths, leaves, rules, self.where), _inferred(paths, leaves)
+        new: dict[int, State] = {}
+        for n in joint:
+            members = {paths[i]: i for i in sorted(rule) if rule[i] == n}
+            if members:
+                columns = zip(*(work.pop(i)[1] for i in members.values()), strict=True)
+                arguments = (dict(zip(members, column, strict=True)) for column in columns)
+                states = f(self.rules[n][1], *arguments, inferred)
+                new |= {i: states[path] for path, i in members.items()}
+        return new
 
     def _check(self, state: TreeState, paths: list[str], chosen: dict[int, Transform]) -> None:
         """A state must come from `init` on a tree with these paths."""
@@ -157,6 +187,11 @@ def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None 
     if isinstance(where, Iterable) and not isinstance(where, str):
         where = tuple(where)
     return TreeTransform(tuple(rules), where)
+
+
+def _inferred(paths: list[str], leaves: list[Any]) -> dict[str, Axes]:
+    """What the weights of the tree tell of each other's axes, by path."""
+    return infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
 
 
 def _by_shape(work: dict[int, tuple[Transform, tuple]], paths: list[str], f) -> dict[int, State]:

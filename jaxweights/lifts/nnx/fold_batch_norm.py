@@ -9,9 +9,9 @@ import jax
 from flax import nnx
 
 from jaxweights.axes import Axes
+from jaxweights.checks import naming
 from jaxweights.lifts.fold_batch_norm import check_layers, fold_layer
 from jaxweights.lifts.nnx.batch_norm import BatchNorm
-from jaxweights.lifts.paths import naming
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from jaxweights.lifts.paths import Where, check_params, check_structure, flatten, select
+from jaxweights.lifts.paths import Where, check_params, check_structure, flatten
 from jaxweights.lifts.tree import TreeState, on_tree
 from jaxweights.numerics import exact_delta, exact_sum
 from jaxweights.transform import Transform
@@ -62,27 +62,40 @@ def project(
         del extra_args
         check_params("project", params)
         check_structure("project", "updates", updates, params)
-        paths, p_leaves, treedef = flatten(params)
-        u_leaves = _aligned(updates, paths)
-        chosen = select(paths, p_leaves, lifted.rules, lifted.where)
-        chosen = {i for i in chosen if u_leaves[i] is not None}
-        moved = list(p_leaves)
-        for i in chosen:
-            moved[i] = exact_sum(p_leaves[i], u_leaves[i]).astype(p_leaves[i].dtype)
-        moved_tree = jax.tree_util.tree_unflatten(treedef, moved)
-        tree_state = lifted.update(moved_tree, state.transform, updates)
-        targets = flatten(lifted.apply(moved_tree, tree_state))[1]
-        anchors = lifted.anchors(moved_tree, tree_state)
-
-        new = {paths[i]: exact_delta(p_leaves[i], u_leaves[i], targets[i], anchors[paths[i]]) for i in chosen}
-        u_paths, flat, u_treedef = flatten(updates)
-        replaced = [new.get(path, u) for path, u in zip(u_paths, flat, strict=True)]
-        return jax.tree_util.tree_unflatten(u_treedef, replaced), ProjectState(tree_state)
+        moved = moved_by(params, updates, lifted.selected(params))
+        tree_state = lifted.update(moved, state.transform, updates)
+        maps, anchors = lifted.maps(moved, tree_state), lifted.anchors(moved, tree_state)
+        return landed(params, updates, moved, maps, anchors), ProjectState(tree_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _aligned(updates: Any, paths: list[str]) -> list[Any]:
-    """The leaves of `updates` in the order of `paths`, None where it has none."""
-    by_path = dict(zip(*flatten(updates)[:2], strict=True))
-    return [by_path.get(p) for p in paths]
+def moved_by(params: Any, updates: Any, chosen: Iterable[str]) -> Any:
+    """`params` with those of the chosen paths as the updates move them."""
+    by_path, (paths, leaves, treedef) = _by_path(updates), flatten(params)
+    new = [
+        exact_sum(p, by_path[path]).astype(p.dtype) if path in chosen and path in by_path else p
+        for path, p in zip(paths, leaves, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(treedef, new)
+
+
+def landed(
+    params: Any,
+    updates: Any,
+    moved: Any,
+    maps: Mapping[str, Callable[[jax.Array], jax.Array]],
+    anchors: Mapping[str, float | jax.Array],
+) -> Any:
+    """The updates that move `params` to `moved` under the maps, by path; the others as they are."""
+    before, reached = _by_path(params), _by_path(moved)
+    paths, flat, treedef = flatten(updates)
+    new = [
+        exact_delta(before[path], u, maps[path](reached[path]), anchors[path]) if path in maps else u
+        for path, u in zip(paths, flat, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(treedef, new)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return dict(zip(*flatten(tree)[:2], strict=True))

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxweights.checks import check_scalar
-from jaxweights.lifts.paths import Where, check_params, check_structure, flatten, is_weight, naming, select
+from jaxweights.checks import check_scalar, naming
+from jaxweights.lifts.paths import Where, check_params, check_structure, flatten, is_weight, select
 from jaxweights.techniques.weight_decay import PenaltyGrad, check_penalty, weight_decay
 from jaxweights.transform import Scalar
 

@@ -1,8 +1,37 @@
 """Sparsification: weights set to zero, by a threshold, by rank, or by what a layer is fed."""
 
-from jaxweights.techniques.sparsification.magnitude import Prune, Sparsify, magnitude_mask, sparsify
+from jaxweights.techniques.sparsification import scores
+from jaxweights.techniques.sparsification.distribution import ErdosRenyi, Global
+from jaxweights.techniques.sparsification.masks import drop_and_grow, keep_largest, magnitude_mask
+from jaxweights.techniques.sparsification.packed import pack_mask, unpack_mask
+from jaxweights.techniques.sparsification.prune import Prune
+from jaxweights.techniques.sparsification.regrow import Regrow
 from jaxweights.techniques.sparsification.repair import repair
+from jaxweights.techniques.sparsification.schedules import AlternatingSparsity, PolynomialSparsity
 from jaxweights.techniques.sparsification.sparsegpt import sparsegpt
+from jaxweights.techniques.sparsification.structure import Blocks, InputUnits, OutputUnits
+from jaxweights.techniques.sparsification.threshold import Sparsify, sparsify
 from jaxweights.techniques.sparsification.wanda import wanda_mask
 
-__all__ = ["Prune", "Sparsify", "magnitude_mask", "repair", "sparsegpt", "sparsify", "wanda_mask"]
+__all__ = [
+    "AlternatingSparsity",
+    "Blocks",
+    "ErdosRenyi",
+    "Global",
+    "InputUnits",
+    "OutputUnits",
+    "PolynomialSparsity",
+    "Prune",
+    "Regrow",
+    "Sparsify",
+    "drop_and_grow",
+    "keep_largest",
+    "magnitude_mask",
+    "pack_mask",
+    "repair",
+    "scores",
+    "sparsegpt",
+    "sparsify",
+    "unpack_mask",
+    "wanda_mask",
+]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-
 from jaxweights.checks import check_integer, check_scalar
 from jaxweights.transform import Number
 
@@ -23,14 +20,3 @@ def check_sparsity(sparsity, rows: int) -> None:
     check_integer("the n of sparsity=(n, m)", n, 0, m)
     if rows % m:
         raise ValueError(f"sparsity={sparsity} needs a multiple of {m} inputs, this weight has {rows}: give a fraction")
-
-
-def largest_of_each(scores: jax.Array, n: int) -> jax.Array:
-    """True at the `n` largest along the last axis but one; of equal ones, the later. NaN is above infinity."""
-    m = scores.shape[-2]
-    index = jnp.arange(m)
-    mine, others = scores[..., :, None, :], scores[..., None, :, :]
-    larger = (others > mine) | (jnp.isnan(others) & ~jnp.isnan(mine))
-    equal = (others == mine) | (jnp.isnan(others) & jnp.isnan(mine))
-    later = (index[:, None] < index)[..., None]
-    return jnp.sum(larger | (equal & later), -2) < n

@@ -13,7 +13,7 @@ from jaxweights.checks import check_integer, check_scalar, check_weight
 from jaxweights.counts import round_half_up
 from jaxweights.second_moment import inverse_factor, with_second_moment
 from jaxweights.selection import smallest_mask
-from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity, largest_of_each
+from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity
 from jaxweights.transform import Number
 
 
@@ -105,7 +105,7 @@ def _prune(w, h, counts, damping, *, group: tuple[int, int] | None, block: int):
             if group is not None:
                 n, m = group
                 those = lambda a: jax.lax.dynamic_slice_in_dim(a, i, m)
-                chosen = lambda: largest_of_each(jnp.abs(those(part)) / those(scales)[:, None], n)
+                chosen = lambda: ~smallest_mask(jnp.abs(those(part)) / those(scales)[:, None], m - n, axis=(0,))
                 choose = lambda: jax.lax.dynamic_update_slice_in_dim(mask, chosen(), i, 0)
                 mask = jax.lax.cond(i % m == 0, choose, lambda: mask)
             error = jnp.where(mask[i], 0, part[i]) / scales[i]

@@ -11,8 +11,8 @@ from jaxweights.axes import Axes, Reading, axes_or_default
 from jaxweights.checks import check_weight
 from jaxweights.counts import share
 from jaxweights.numerics import automatic, wide
-from jaxweights.selection import smallest_mask
-from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity, largest_of_each
+from jaxweights.selection import by_value, smallest_mask
+from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity
 
 
 def wanda_mask(w: jax.Array, norm: jax.Array, sparsity: Sparsity, *, axes: Axes | None = None) -> jax.Array:
@@ -67,7 +67,7 @@ def _mask(w: jax.Array, norm: jax.Array, axes: Axes, sparsity: Sparsity) -> jax.
     n, m = sparsity
     matrix = axes.matrix(scores.reshape(shape))
     groups = matrix.reshape(*matrix.shape[:-2], -1, m, matrix.shape[-1])
-    return axes.weight(largest_of_each(groups, n).reshape(matrix.shape), shape)
+    return axes.weight((~smallest_mask(groups, m - n, axis=(-2,), rank=by_value)).reshape(matrix.shape), shape)
 
 
 def _laid_out(rows: jax.Array, r: Reading, shape: tuple[int, ...]) -> jax.Array:

@@ -39,6 +39,10 @@ class Around(Transform):
 
     def __init__(self, transform: Transform):
         check_transform("Around", transform)
+        if transform.joint:
+            raise ValueError(
+                f"Around takes each weight by itself, {transform} takes all at once: leave out distribution"
+            )
         object.__setattr__(self, "transform", transform)
         object.__setattr__(self, "learned", frozenset(f"of.{n}" for n in transform.learned))
 

@@ -1,0 +1,114 @@
+"""Dynamic sparse training: the weakest of the kept weights are given up for others, at the same sparsity."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.checks import check_integer, check_scalar, check_state
+from jaxweights.numerics import where_needed
+from jaxweights.techniques.sparsification import scores
+from jaxweights.techniques.sparsification.masks import drop_and_grow
+from jaxweights.techniques.sparsification.packed import pack_mask, packed_shape, unpack_mask
+from jaxweights.techniques.sparsification.prune import Prune
+from jaxweights.transform import Scalar, Transform
+
+
+@dataclasses.dataclass(frozen=True)
+class Regrow(Transform):
+    """RigL and SET: every so many steps a fraction of the kept weights is dropped and as many others are grown.
+
+    Dropped are those of smallest magnitude. Grown are those of largest gradient (RigL, with `grow=scores.gradient`) or
+    random ones (SET, with `grow=scores.random`). In an optimizer it is put by `confine`, which passes the gradients and
+    keeps moments of grown weights from being those of long ago; they start from 0.
+
+    State: that of `start`, `step`, and the `seed` if a score is random.
+
+    Args:
+      start: the first mask, with its structure, distribution and axes, such as
+        `Prune(0.9, score=scores.random, distribution=ErdosRenyi())`.
+      grow: the score of which the largest are grown: any function f(w), f(w, grad), f(w, key) of the shape of w.
+      drop: the score of which the smallest are dropped.
+      fraction: of the kept weights, in [0, 1], a number or a schedule. RigL's is
+        `optax.cosine_decay_schedule(0.3, n_steps)`, which ends the changes.
+      every: number of steps between changes.
+
+    >>> import jax, jax.numpy as jnp
+    >>> t = Regrow(Prune(0.5), fraction=0.5, every=1)
+    >>> w, grad = jnp.array([3.0, 2.0, 1.0, 0.0]), jnp.array([0.0, 0.0, 5.0, 6.0])
+    >>> state = t.update(w, t.init(w, jax.random.key(0)), grad)
+    >>> print(t.apply(w, t.update(w, state, grad)))
+    [3. 0. 0. 0.]
+
+    References: Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity
+    inspired by Network Science, arXiv:1707.04780, 2017 (SET); Evci, Gale, Menick, Castro and Elsen, Rigging the
+    Lottery: Making All Tickets Winners, arXiv:1911.11134, 2019 (RigL).
+    """
+
+    start: Prune
+    _: dataclasses.KW_ONLY
+    grow: scores.Score = scores.gradient
+    drop: scores.Score = scores.magnitude
+    fraction: Scalar = 0.3
+    every: int = 100
+
+    def __post_init__(self):
+        if not isinstance(self.start, Prune):
+            raise TypeError(f"start must be a Prune, got {self.start!r}: write Regrow(Prune(0.9))")
+        if self.start.moves or isinstance(self.start.sparsity, tuple):
+            raise ValueError(
+                f"start must prune once, to a fraction of zeros, got {self.start}: give a number and a score of weights"
+            )
+        for score in (self.grow, self.drop):
+            scores.needs(score)
+        check_scalar("fraction", self.fraction, 0, 1, schedule=True)
+        check_integer("every", self.every, 1)
+
+    @property
+    def joint(self):
+        """If the first masks are."""
+        return self.start.joint
+
+    def init(self, w, key):
+        """The first mask."""
+        return self.init_all({"": w}, {"": key}, {})[""]
+
+    def init_all(self, ws, keys, axes):
+        """The first masks, by path."""
+        states = self.start.init_all(ws, keys, axes)
+        more = self.each(ws, axes, lambda t, path: t._start(ws[path], keys[path]))
+        return {p: s | more[p] for p, s in states.items()}
+
+    def update(self, w, state, grad=None):
+        """The mask with some weights dropped and grown, if it is time."""
+        check_state(state, mask=packed_shape(jnp.shape(w)), step=())
+        step = state["step"]
+        state = {**super().update(w, state), "step": step + 1}
+
+        def rewire(packed):
+            drop, grow = (scores.evaluate(score, w, state, grad) for score in (self.drop, self.grow))
+            mask = unpack_mask(packed, w.shape)
+            fraction = self.value("fraction", state)
+            axes = self.start.axes
+            return pack_mask(drop_and_grow(mask, drop, grow, fraction, structure=self.start.structure, axes=axes))
+
+        return {**state, "mask": where_needed((step > 0) & (step % self.every == 0), rewire, state["mask"])}
+
+    def apply(self, w, state):
+        """`w` where the mask is true, else 0."""
+        return self.start.apply(w, state)
+
+    def with_axes(self, axes):
+        """This spec with `axes` for its start."""
+        return dataclasses.replace(self, start=self.start.with_axes(axes))
+
+    def _schedules(self):
+        return ("fraction",) if callable(self.fraction) else ()
+
+    def _start(self, w, key):
+        """What the state has beside that of `start`."""
+        seeded = "key" in scores.needs(self.grow) | scores.needs(self.drop)
+        seed = {"seed": jax.random.bits(key, (2,), jnp.uint32)} if seeded else {}
+        return {**super().init(w, key), "step": jnp.zeros((), jnp.int32), **seed}

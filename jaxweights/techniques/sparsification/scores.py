@@ -1,0 +1,96 @@
+"""How much a weight matters: scores, of which pruning keeps the largest.
+
+A score is a function of the weight, and of `grad` or `key` where it names them: `f(w)`, `f(w, grad)`, `f(w, key)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.checks import check_state, check_weight
+from jaxweights.numerics import automatic, wide
+from jaxweights.transform import State
+
+Score = Callable[..., jax.Array]
+"""A function of a weight, and of `grad` and `key` if it names them, to an array of the weight's shape."""
+
+
+def magnitude(w: jax.Array) -> jax.Array:
+    """|w|.
+
+    >>> import jax.numpy as jnp
+    >>> print(magnitude(jnp.array([-2.0, 1.0])))
+    [2. 1.]
+    """
+    return jnp.abs(check_weight(w))
+
+
+def gradient(w: jax.Array, grad: jax.Array) -> jax.Array:
+    """|∂L/∂w|, of which a pruned weight has one too: what RigL grows by.
+
+    >>> import jax.numpy as jnp
+    >>> print(gradient(jnp.zeros(2), jnp.array([0.5, -3.0])))
+    [0.5 3. ]
+    """
+    return jnp.abs(check_weight(grad, "grad"))
+
+
+def random(w: jax.Array, key: jax.Array) -> jax.Array:
+    """A uniform draw for each weight.
+
+    >>> import jax, jax.numpy as jnp
+    >>> random(jnp.ones((2, 3)), jax.random.key(0)).shape
+    (2, 3)
+    """
+    return automatic(lambda w, key: jax.random.uniform(key, w.shape), check_weight(w), key, like=w)
+
+
+def saliency(w: jax.Array, grad: jax.Array) -> jax.Array:
+    """|w·∂L/∂w|, the change of the loss if the weight were removed, to first order; in float32 or wider.
+
+    On the gradients of one batch at the initial weights, with one threshold for all of them (`Global()`), this is SNIP:
+    its connection sensitivities are the same numbers, divided by their sum.
+
+    >>> import jax.numpy as jnp
+    >>> print(saliency(jnp.array([-2.0, 1.0]), jnp.array([0.5, 3.0])))
+    [1. 3.]
+
+    References: Molchanov, Tyree, Karras, Aila and Kautz, Pruning Convolutional Neural Networks for Resource Efficient
+    Inference, arXiv:1611.06440, 2016; Lee, Ajanthan and Torr, SNIP: Single-shot Network Pruning based on Connection
+    Sensitivity, arXiv:1810.02340, 2018.
+    """
+    w, grad = check_weight(w), check_weight(grad, "grad")
+    return jnp.abs(w.astype(wide(w.dtype)) * grad.astype(wide(grad.dtype)))
+
+
+@functools.lru_cache(maxsize=256)
+def needs(score: Score) -> frozenset[str]:
+    """What the score names beside the weight, or an error."""
+    if not callable(score):
+        raise TypeError(f"score must be a function of a weight, got {score!r}: pass jaxweights.scores.magnitude")
+    names = list(inspect.signature(score).parameters)[1:]
+    if unknown := set(names) - {"grad", "key"}:
+        raise TypeError(f"score may name grad and key beside the weight, got {sorted(unknown)}: write f(w, grad)")
+    return frozenset(names)
+
+
+def evaluate(score: Score, w: jax.Array, state: State, grad: jax.Array | None) -> jax.Array:
+    """The score of a weight; of a random one, that of the `step` and the `seed` of the state."""
+    name, more = getattr(score, "__name__", repr(score)), {}
+    if "grad" in needs(score):
+        if grad is None:
+            raise ValueError(f"the score {name} needs the gradients: call update(w, state, grad)")
+        more["grad"] = grad
+    if "key" in needs(score):
+        check_state(state, seed=(2,))
+        key = jax.random.wrap_key_data(state["seed"], impl="threefry2x32")
+        more["key"] = jax.random.fold_in(key, state.get("step", 0))
+    scored = check_weight(score(w, **more), f"the result of the score {name}")
+    if scored.shape != w.shape:
+        raise ValueError(f"the score {name} must have the shape {w.shape} of w, got {scored.shape}: score each weight")
+    return scored

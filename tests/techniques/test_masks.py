@@ -1,0 +1,218 @@
+"""Masks of every structure and distribution against brute force."""
+
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxweights as jw
+from jaxweights.techniques.sparsification.packed import packed_axis, packed_shape
+
+NORMAL = np.random.default_rng(0).normal
+STACK = jw.Axes(input=-2, output=-1, batch=0)
+KEY = jax.random.key(0)
+
+
+def rounded(x):
+    return math.floor(x + 0.5)
+
+
+def lowest(scores, zeros):
+    """False at so many lowest of a flat array, ties by index."""
+    mask = np.ones(len(scores), bool)
+    mask[np.argsort(scores, kind="stable")[:zeros]] = False
+    return mask
+
+
+# keep_largest
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.3, 0.5, 1.0])
+def test_scores_of_any_sign(sparsity):
+    scores = NORMAL(size=(7, 9)).round(1).astype(np.float32)
+    expected = lowest(scores.ravel(), rounded(63 * sparsity)).reshape(7, 9)
+    np.testing.assert_array_equal(jw.keep_largest(scores, sparsity), expected)
+    np.testing.assert_array_equal(jax.jit(jw.keep_largest)(scores, jnp.float32(sparsity)), expected)
+
+
+def test_what_lies_outside_goes_first_and_counts():
+    scores, within = np.float32([0, -np.inf, 5, 2, 3, 1]), np.array([True, True, False, True, False, True])
+    masks = [jw.keep_largest(scores, zeros / 6, within=within) for zeros in range(7)]
+    order = [2, 4, 1, 0, 5, 3]  # outside, by index; -inf within ties with them, by index too
+    order = sorted(range(6), key=lambda i: (scores[i] if within[i] else -np.inf, i))
+    for zeros, mask in enumerate(masks):
+        assert set(np.flatnonzero(~np.asarray(mask))) == set(order[:zeros])
+
+
+def test_each_layer_of_a_stack_has_its_own_count():
+    w = NORMAL(size=(3, 8, 5)) * np.array([1, 10, 100])[:, None, None]
+    mask = jw.magnitude_mask(np.float32(w), 0.35, axes=STACK)
+    for layer, kept in zip(np.abs(w), mask, strict=True):
+        np.testing.assert_array_equal(kept.ravel(), lowest(layer.ravel(), 14))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "axis"),
+    [
+        ((8, 6), None, 0),
+        ((3, 3, 8, 5), None, 2),
+        ((8, 2, 4), jw.axes.ATTENTION_IN, 0),
+        ((2, 8, 5), jw.axes.ATTENTION_OUT, 1),
+        ((3, 8, 5), STACK, 1),
+        ((16,), None, 0),
+        ((3, 3, 5, 8), jw.axes.CONV_TRANSPOSE_KERNEL, 3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (0, 4), (8, 8)])
+def test_n_of_m_along_the_contraction_axis(shape, axes, axis, n, m):
+    w = NORMAL(size=shape).round(1).astype(np.float32)
+    mask = np.moveaxis(np.asarray(jw.magnitude_mask(w, (n, m), axes=axes)), axis, -1)
+    groups = np.moveaxis(np.abs(w), axis, -1).reshape(-1, m)
+    expected = np.stack([lowest(group, m - n) for group in groups])
+    np.testing.assert_array_equal(mask.reshape(-1, m), expected)
+
+
+def tiles(shape, sizes):
+    """The slices of each tile, in order."""
+    counts = [d // t for d, t in zip(shape, sizes, strict=True)]
+    return [
+        tuple(slice(i * t, (i + 1) * t) for i, t in zip(index, sizes, strict=True)) for index in np.ndindex(*counts)
+    ]
+
+
+GROUPED = jw.axes.depthwise(4)
+STRUCTURES = [
+    (jw.Blocks(2, 3), (8, 9), None, (2, 3)),
+    (jw.Blocks(4, 2), (3, 3, 8, 6), None, (1, 1, 4, 2)),
+    (jw.Blocks(1, 4), (8, 2, 4), jw.axes.ATTENTION_IN, (1, 1, 4)),
+    (jw.Blocks(1, 2), (3, 3, 1, 8), GROUPED, (1, 1, 1, 2)),
+    (jw.OutputUnits(), (8, 9), None, (8, 1)),
+    (jw.OutputUnits(), (3, 3, 4, 6), None, (3, 3, 4, 1)),
+    (jw.OutputUnits(), (2, 4, 6), jw.axes.ATTENTION_OUT, (2, 4, 1)),
+    (jw.InputUnits(), (8, 9), None, (1, 9)),
+    (jw.InputUnits(), (3, 3, 4, 6), None, (3, 3, 1, 6)),
+    (jw.InputUnits(), (6, 2, 4), jw.axes.ATTENTION_IN, (1, 2, 4)),
+    (jw.InputUnits(), (3, 3, 2, 8), GROUPED, (3, 3, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("structure", "shape", "axes", "sizes"), STRUCTURES, ids=str)
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+def test_structures_keep_the_tiles_of_largest_norm(structure, shape, axes, sizes, sparsity):
+    w = NORMAL(size=shape)
+    norms = np.array([np.linalg.norm(w[where]) for where in tiles(shape, sizes)])
+    kept = lowest(norms, rounded(len(norms) * sparsity))
+    mask = np.asarray(jw.magnitude_mask(np.float32(w), sparsity, structure=structure, axes=axes))
+    for where, expected in zip(tiles(shape, sizes), kept, strict=True):
+        assert (mask[where] == expected).all()
+
+
+def test_n_of_m_blocks():
+    w = NORMAL(size=(8, 6))
+    mask = np.asarray(jw.magnitude_mask(np.float32(w), (1, 2), structure=jw.Blocks(2, 3)))
+    norms = np.array([np.linalg.norm(w[where]) for where in tiles((8, 6), (2, 3))]).reshape(4, 2)
+    expected = np.stack([lowest(pair, 1) for pair in norms.T.reshape(-1, 2)]).reshape(2, 4).T
+    np.testing.assert_array_equal(mask[::2, ::3], expected)
+    np.testing.assert_array_equal(mask, np.kron(expected, np.ones((2, 3), bool)))
+
+
+# Distributions
+
+SHAPES = {"b/kernel": (40, 30), "a/kernel": (3, 3, 8, 10), "c/kernel": (6, 5), "stack/kernel": (3, 20, 7)}
+AXES = {"stack/kernel": STACK}
+WEIGHTS = {p: NORMAL(size=s).round(1).astype(np.float32) for p, s in SHAPES.items()}
+SCORES = {p: np.abs(w) for p, w in WEIGHTS.items()}
+TOTAL = sum(w.size for w in WEIGHTS.values())
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77, 0.99, 1.0])
+def test_global_is_one_argsort_of_all_weights(sparsity):
+    masks = jw.Global().masks(SCORES, sparsity)
+    order = sorted(SCORES)
+    expected = lowest(np.concatenate([SCORES[p].ravel() for p in order]), rounded(sparsity * TOTAL))
+    np.testing.assert_array_equal(np.concatenate([np.ravel(masks[p]) for p in order]), expected)
+    assert list(masks) == list(SCORES)
+
+
+def test_global_units():
+    scores = {"a": NORMAL(size=(5, 8)), "b": 3 * NORMAL(size=(7, 4))}
+    masks = jw.Global().masks({p: np.float32(s) for p, s in scores.items()}, 0.5, structure=jw.OutputUnits())
+    norms = np.concatenate([np.linalg.norm(s, axis=0) for s in scores.values()])
+    expected = lowest(norms, 6)
+    np.testing.assert_array_equal(np.concatenate([masks["a"][0], masks["b"][0]]), expected)
+    assert all((m == m[:1]).all() for m in masks.values())
+
+
+def erdos_renyi(sizes, dims, keep):
+    """The densities, by the published rule: those above 1 are made 1, until there are none."""
+    dense = set()
+    while True:
+        rest = [i for i in range(len(sizes)) if i not in dense]
+        left = keep - sum(sizes[i] for i in dense)
+        epsilon = Fraction(left, sum(dims[i] for i in rest)) if rest else 0
+        over = {i for i in rest if epsilon * dims[i] > sizes[i]}
+        if not over:
+            return [1.0 if i in dense else float(epsilon * dims[i] / sizes[i]) for i in range(len(sizes))]
+        dense |= over
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_erdos_renyi_densities_and_exact_total(traced):
+    dims = {"b/kernel": 70, "a/kernel": 3 + 3 + 8 + 10, "c/kernel": 11, "stack/kernel": 27}
+    layers = [(p, i) for p in SHAPES for i in range(3 if p == "stack/kernel" else 1)]
+    sizes = [WEIGHTS[p].size // (3 if p == "stack/kernel" else 1) for p, _ in layers]
+    run = jax.jit(lambda s: jw.ErdosRenyi().masks(SCORES, s, axes=AXES))
+    for sparsity in (0.0, 0.05, 0.3, 0.5, 0.8, 0.95, 0.999, 1.0):
+        masks = run(sparsity) if traced else jw.ErdosRenyi().masks(SCORES, sparsity, axes=AXES)
+        zeros = rounded(float(np.float32(sparsity) if traced else sparsity) * TOTAL)
+        assert sum(int((~m).sum()) for m in masks.values()) == zeros
+        densities = erdos_renyi(sizes, [dims[p] for p, _ in layers], TOTAL - zeros)
+        for (path, i), size, density in zip(layers, sizes, densities, strict=True):
+            layer = lambda a, p=path, i=i: np.asarray(a[p])[i] if p == "stack/kernel" else np.asarray(a[p])
+            kept = int(layer(masks).sum())
+            assert abs(kept - density * size) <= 1.5, (path, kept, density * size)
+            np.testing.assert_array_equal(layer(masks).ravel(), lowest(layer(SCORES).ravel(), size - kept))
+
+
+def test_a_thousand_layers_compile_as_one():
+    """The number of operations does not grow with the number of layers that one stack holds."""
+    shape = lambda n: {"stack": jax.ShapeDtypeStruct((n, 8, 8), jnp.float32)}
+    run = lambda s: jw.ErdosRenyi().masks(s, 0.5, axes={"stack": STACK})
+    lines = [len(jax.jit(run).lower(shape(n)).as_text().splitlines()) for n in (10, 1000)]
+    assert lines[0] == lines[1]
+
+
+# Packed masks
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (3, 0), (0, 5), (1,), (9,), (64, 32), (3, 5), (1, 1025), (4, 8, 16)], ids=str
+)
+def test_packing(shape):
+    mask = np.random.default_rng(0).random(shape) < 0.5
+    packed = jax.jit(jw.pack_mask)(mask)
+    assert packed.dtype == jnp.uint8 and packed.shape == packed_shape(shape)
+    np.testing.assert_array_equal(jw.unpack_mask(packed, shape), mask)
+    if mask.ndim:
+        expected = np.packbits(mask, axis=packed_axis(shape), bitorder="little")
+        np.testing.assert_array_equal(packed, expected)
+    batch = jnp.stack([mask, ~mask])
+    np.testing.assert_array_equal(jax.vmap(lambda m: jw.unpack_mask(jw.pack_mask(m), shape))(batch), batch)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_on_a_mesh_masks_are_packed_where_they_lie(kind):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType[kind],) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    mask = jax.device_put(NORMAL(size=(64, 32)) > 0, sharding)
+    pack = jax.jit(jw.pack_mask).lower(mask).compile()
+    packed = pack(mask)
+    assert packed.sharding.is_equivalent_to(sharding, 2)
+    unpack = jax.jit(lambda p: jw.unpack_mask(p, mask.shape)).lower(packed).compile()
+    np.testing.assert_array_equal(unpack(packed), mask)
+    for program in (pack, unpack):
+        assert not any(f" {kind}(" in program.as_text() for kind in ("all-gather", "all-to-all", "collective-permute"))
