@@ -66,26 +66,49 @@ class Convolution:
 
     def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
         """The image `x` convolved."""
-        n = len(self.window)
         pads = self.pads
         if self.circular:
-            x, pads = jnp.pad(x, (*pads, (0, 0)), mode="wrap"), ((0, 0),) * n
+            x, pads = self._wrap(x), ((0, 0),) * len(pads)
+        return self._convolve(x, kernel, pads, strides=self.strides)
+
+    def transpose(self, kernel: jax.Array, y: jax.Array) -> jax.Array:
+        """The transpose of the map, on `y` of the shape of an output.
+
+        A convolution with the kernel turned round, of `y` with strides - 1 zeros between its entries. The one that JAX
+        finds cannot be batched on a mesh in JAX 0.7.2.
+        """
+        *window, n_in, n_out = kernel.shape
+        turned = jnp.flip(kernel, range(len(window))).reshape(*window, n_in, self.groups, n_out // self.groups)
+        turned = jnp.swapaxes(turned, -1, -3).reshape(*window, n_out // self.groups, n_in * self.groups)
+        pads = []
+        axes = (self.input_shape, self.output_shape, window, self.pads, self.strides, self.dilation)
+        for n, m, k, (before, after), s, d in zip(*(a[: len(window)] for a in axes), strict=True):
+            size = n + before + after if self.circular else n
+            first = d * (k - 1) - (0 if self.circular else before)
+            pads.append((first, size + d * (k - 1) - ((m - 1) * s + 1) - first))
+        x = self._convolve(y, turned, pads, between=self.strides)
+        if self.circular:
+            image = jax.ShapeDtypeStruct(self.input_shape, x.dtype)
+            (x,) = jax.linear_transpose(self._wrap, image)(x)
+        return x
+
+    def _wrap(self, x: jax.Array) -> jax.Array:
+        return jnp.pad(x, (*self.pads, (0, 0)), mode="wrap")
+
+    def _convolve(self, x, kernel, pads, *, strides=None, between=None) -> jax.Array:
+        n = len(self.window)
         image, weight = (0, n + 1, *range(1, n + 1)), (n + 1, n, *range(n))
         return jax.lax.conv_general_dilated(
             x[None],
             kernel,
-            self.strides,
+            strides or (1,) * n,
             pads,
+            lhs_dilation=between,
             rhs_dilation=self.dilation,
             dimension_numbers=jax.lax.ConvDimensionNumbers(image, weight, image),
             feature_group_count=self.groups,
             precision="highest",
         )[0]
-
-    def transpose(self, kernel: jax.Array, y: jax.Array) -> jax.Array:
-        """The transpose of the map, on `y` of the shape of an output."""
-        image = jax.ShapeDtypeStruct(self.input_shape, y.dtype)
-        return jax.linear_transpose(lambda x: self(kernel, x), image)(y)[0]
 
 
 def _per_axis(name: str, value, window: tuple[int, ...]) -> tuple[int, ...]:

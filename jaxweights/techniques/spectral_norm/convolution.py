@@ -153,9 +153,10 @@ def _frozen(value):
 def _operator(kernel: jax.Array, conv: Convolution) -> Operator:
     """The convolution or its transpose, so that x is on the smaller side."""
     kernel = kernel.astype(wide(kernel.dtype))
+    there, back = (lambda x: conv(kernel, x)), (lambda y: conv.transpose(kernel, y))
     if math.prod(conv.input_shape) <= math.prod(conv.output_shape):
-        return Operator(lambda x: conv(kernel, x), conv.input_shape, 0, kernel.dtype)
-    return Operator(lambda y: conv.transpose(kernel, y), conv.output_shape, 0, kernel.dtype)
+        return Operator(there, conv.input_shape, 0, kernel.dtype, back)
+    return Operator(back, conv.output_shape, 0, kernel.dtype, there)
 
 
 @functools.partial(jax.jit, static_argnames="conv")
@@ -230,6 +231,7 @@ def _blocks(kernel: jax.Array, waves: Sequence, conv: Convolution) -> jax.Array:
     residues = [next(letters) for _ in waves]
     g, i, o = next(letters), next(letters), next(letters)
     split = kernel.reshape(*kernel.shape[:-1], conv.groups, -1)
+    split = jax.lax.complex(split, jnp.zeros_like(split))
     spec = ["".join((*window, i, g, o)), *map("".join, zip(frequencies, residues, window, strict=True))]
     out = "".join((*frequencies, g, *residues, i, o))
     blocks = jnp.einsum(",".join(spec) + "->" + out, split, *waves, precision="highest")

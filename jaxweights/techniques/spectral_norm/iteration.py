@@ -37,16 +37,18 @@ class Operator:
 
     Args:
       matvec: x -> Ax, for one x (of each map of the batch) of shape `shape`. The result may have any shape that has
-        the batch axes first. It is linear in x and closes over the weights; Aᵀ is its transpose, which JAX finds.
+        the batch axes first. It is linear in x and closes over the weights.
       shape: (*batch, ...), that of x. What is stored is some vectors like x, so let x be on the smaller side.
       n_batch: how many leading axes of x number maps of their own.
       dtype: of x and Ax, float32 or wider.
+      transpose: y -> Aᵀy, like `matvec`; by default JAX finds it.
     """
 
     matvec: Callable[[Array], Array]
     shape: tuple[int, ...]
     n_batch: int = 0
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
+    transpose: Callable[[Array], Array] | None = None
 
     def times(self, xs: Array) -> Array:
         """AX for a block of vectors, (*batch, n, ...): one pass over the weights."""
@@ -54,8 +56,9 @@ class Operator:
 
     def transpose_times(self, ys: Array) -> Array:
         """AᵀY for a block of vectors: one pass over the weights."""
-        transpose = jax.linear_transpose(self.matvec, jax.ShapeDtypeStruct(self.shape, self.dtype))
-        return jax.vmap(lambda y: transpose(y)[0], self.n_batch, self.n_batch)(ys)
+        x = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        transpose = self.transpose or (lambda y: jax.linear_transpose(self.matvec, x)(y)[0])
+        return jax.vmap(transpose, self.n_batch, self.n_batch)(ys)
 
     def search_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each array of a search."""
