@@ -16,6 +16,8 @@ from jaxweights.numerics import wide
 def inverse_deviation(var: jax.Array, eps) -> jax.Array:
     """1/√(var + eps), and 0 where that is 1/0: a constant feature without ε is only centred."""
     square = var + jnp.asarray(eps, var.dtype)
+    if isinstance(eps, int | float) and eps >= jnp.finfo(var.dtype).tiny:
+        return jax.lax.rsqrt(square)  # never 1/0; and XLA for CPUs makes one loop of a norm without comparisons
     return jnp.where(square == 0, 0, jax.lax.rsqrt(jnp.where(square == 0, 1, square)))
 
 
@@ -44,53 +46,55 @@ def normalize(
     `scale` and `bias` broadcast to `x`. Where nothing counts, and at an entry that does not count and is not finite,
     the result is `bias`. A gradient stores `x` in its own dtype, μ, 1/σ and `scale`; none flows to `eps`.
     """
-    over = Over(tuple(axis), centered)
-    eps = jax.lax.stop_gradient(jnp.asarray(eps, wide(x.dtype)))
+    known = isinstance(eps, int | float)
+    spec = Spec(tuple(axis), centered, float(eps) if known else None)
+    eps = None if known else jax.lax.stop_gradient(jnp.asarray(eps, wide(x.dtype)))
     if axis_name is None:
-        return _normalize(over, x, where, scale, bias, eps, stats)
+        return _normalize(spec, x, where, scale, bias, eps, stats)
     # A rule that sums over a mapped axis cannot be traced once `vmap` has taken the axis away.
     stats = stats or moments(x, axis, where=where, axis_name=axis_name, centered=centered)
-    return jax.checkpoint(_affine)(x, where, *_center_and_inverse(over, stats, where, eps), scale, bias)
+    return jax.checkpoint(_affine)(x, where, *_center_and_inverse(spec, stats, where, eps), scale, bias)
 
 
-class Over(NamedTuple):
-    """The axes of the statistics, and whether a mean is subtracted."""
+class Spec(NamedTuple):
+    """The axes of the statistics, whether a mean is subtracted, and ε; None if that is an array."""
 
     axis: tuple[int, ...]
     centered: bool
+    eps: float | None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(over: Over, x, where, scale, bias, eps, stats: Stats | None):
-    stats = stats or moments(x, over.axis, where=where, centered=over.centered)
-    return _affine(x, where, *_center_and_inverse(over, stats, where, eps), scale, bias)
+def _normalize(spec: Spec, x, where, scale, bias, eps, stats: Stats | None):
+    stats = stats or moments(x, spec.axis, where=where, centered=spec.centered)
+    return _affine(x, where, *_center_and_inverse(spec, stats, where, eps), scale, bias)
 
 
 @_normalize.defjvp
-def _(over: Over, primals, tangents):
+def _(spec: Spec, primals, tangents):
     x, where, scale, bias, eps, stats = primals
     dx, _, d_scale, d_bias, _, _ = tangents
-    stats = stats or moments(x, over.axis, where=where, centered=over.centered)
-    mean, inverse = _center_and_inverse(over, stats, where, eps)
+    stats = stats or moments(x, spec.axis, where=where, centered=spec.centered)
+    mean, inverse = _center_and_inverse(spec, stats, where, eps)
     # Of what is linear in the tangents, nothing is stored but the arguments: x̂ is computed anew.
-    derivative = jax.checkpoint(functools.partial(_derivative, over))
+    derivative = jax.checkpoint(functools.partial(_derivative, spec))
     dy = derivative(x, where, mean, inverse, None if where is None else stats[2], scale, dx, d_scale, d_bias)
     return _affine(x, where, mean, inverse, scale, bias), dy
 
 
-def _derivative(over: Over, x, where, mean, inverse, count, scale, dx, d_scale, d_bias):
+def _derivative(spec: Spec, x, where, mean, inverse, count, scale, dx, d_scale, d_bias):
     """scale·(u − ⟨u⟩ − x̂·⟨x̂·u⟩) + x̂·d_scale + d_bias, with u = dx/σ and ⟨·⟩ the mean of the entries that count.
 
     Where `scale` and the statistics are together smaller than `x`, the factors of x̂ and of 1 are gathered before they
     meet it: then the transpose takes but two sums over `x`.
     """
-    count = count_entries(x, over.axis, None, None) if count is None else count
+    count = count_entries(x, spec.axis, None, None) if count is None else count
     # XLA for CPUs (jaxlib 0.10) errs where it fuses a sum with what is made of it and `vmap` gave one factor an axis.
-    average = lambda y: computed(average_entries(y, over.axis, where, None, count))
+    average = lambda y: computed(average_entries(y, spec.axis, where, None, count))
     scaled = lambda y: y if y is None or scale is None else y * scale.astype(y.dtype)
     z = _affine(x.astype(inverse.dtype), where, mean, inverse, None, None)
     u = dx.astype(inverse.dtype) * inverse
-    slope, shift = -average(z * u), -average(u) if over.centered else None
+    slope, shift = -average(z * u), -average(u) if spec.centered else None
     if scale is not None and jnp.broadcast_shapes(scale.shape, inverse.shape) == x.shape:
         dy = _sum_of(scaled(_sum_of(u + z * slope, shift)) + z * d_scale.astype(z.dtype), d_bias)
     else:
@@ -103,11 +107,11 @@ def _sum_of(a, b):
     return b if a is None else a if b is None else a + b.astype(a.dtype)
 
 
-def _center_and_inverse(over: Over, stats: Stats, where, eps):
+def _center_and_inverse(spec: Spec, stats: Stats, where, eps):
     """μ, None if it is not subtracted, and 1/σ, 0 where nothing counts."""
     mean, var, count = stats
-    inverse = inverse_deviation(var, eps)
-    return mean if over.centered else None, inverse if where is None else jnp.where(count > 0, inverse, 0)
+    inverse = inverse_deviation(var, spec.eps if eps is None else eps)
+    return mean if spec.centered else None, inverse if where is None else jnp.where(count > 0, inverse, 0)
 
 
 def _affine(x, where, mean, inverse, scale, bias):

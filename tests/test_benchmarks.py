@@ -36,10 +36,10 @@ def test_a_glob_that_matches_nothing_lists_the_cases(tmp_path):
     assert "apply/ClipWeights" in done.stderr
 
 
-def quick(name, out):
+def quick(name, out, *options):
     """The report of a script of its own, which also draws a chart."""
     script = RUN.with_name(f"{name}.py")
-    done = subprocess.run([sys.executable, script, "--quick", "--out", out], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, "--quick", "--out", out, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((out / f"{name}-quick.json").read_text())
     assert {"device", "jax", "jaxweights"} <= set(report["environment"])
@@ -58,3 +58,11 @@ def test_selection(tmp_path):
     results, _ = quick("selection", tmp_path)
     assert {(r["dtype"], r["other"]) for r in results} >= {("float32", "argsort"), ("bfloat16", "top_k")}
     assert all(r["same"] and r["temporary"] <= 2 for r in results)
+
+
+def test_norms(tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is one of the peers that are measured")
+    results, out = quick("norms", tmp_path, "--only", "layer*256*")
+    ((name, result),) = results.items()
+    assert name in out and result["stored"]["jaxweights"] < result["stored"]["Flax"]
+    assert all(r["ratio"]["median"] > 0 for r in result["times"].values())
