@@ -43,11 +43,7 @@ WIDTH = 100
 def prune(w: jax.Array, stats: jw.InputStats, sparsity, method: str) -> jax.Array:
     """One kernel, or a stack of them, pruned."""
     if method == "magnitude":
-        if isinstance(sparsity, tuple):
-            mask = jw.wanda_mask(w, jnp.ones_like(stats.norm), sparsity, axes=stats.axes)
-        else:
-            mask = jax.vmap(lambda w: jw.magnitude_mask(w, sparsity))(w)
-        return jnp.where(mask, w, 0)
+        return jnp.where(jw.magnitude_mask(w, sparsity, axes=stats.axes), w, 0)
     if method.startswith("Wanda"):
         mask = jw.wanda_mask(w, stats.norm, sparsity, axes=stats.axes)
         new = jnp.where(mask, w, 0)

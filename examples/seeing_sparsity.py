@@ -37,11 +37,11 @@ def model(params: dict[str, Any], x: jax.Array) -> jax.Array:
 def masks(params: dict[str, Any]) -> dict[str, jax.Array]:
     """{layer: where a weight is kept}, by magnitude."""
     kernel = lambda i: params[f"dense{i}"]["kernel"]
-    groups = jnp.abs(kernel(0)).reshape(-1, 4, WIDTHS[1])
-    two_of_four = (jnp.argsort(jnp.argsort(groups, 1), 1) >= 2).reshape(kernel(0).shape)
-    norms = jnp.linalg.norm(kernel(1).reshape(8, 32, 8, 32), axis=(1, 3))
-    blocks = jw.magnitude_mask(norms, 0.8).repeat(32, 0).repeat(32, 1)
-    return {"dense0": two_of_four, "dense1": blocks, "dense2": jw.magnitude_mask(kernel(2), 0.9)}
+    return {
+        "dense0": jw.magnitude_mask(kernel(0), (2, 4)),
+        "dense1": jw.magnitude_mask(kernel(1), 0.8, structure=jw.Blocks(32, 32)),
+        "dense2": jw.magnitude_mask(kernel(2), 0.9),
+    }
 
 
 def train(params: dict[str, Any], kept: dict[str, jax.Array], steps: int) -> dict[str, Any]:
