@@ -182,3 +182,20 @@ def test_a_gan_with_either_critic(tmp_path, monkeypatch, capsys):
     assert clipped.curves.upper[-1] < 0.1
     assert picture.stat().st_size > 20_000
     assert "(real, held out)" in capsys.readouterr().out
+
+
+def test_sparse_training_keeps_the_sparsity_exactly(monkeypatch, capsys, tmp_path):
+    """RigL alone: most of the time goes into compiling."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import sparse_training
+
+    for name in ("one-shot", "gradual"):
+        monkeypatch.delitem(sparse_training.METHODS, name)
+    picture = tmp_path / "sparse.png"
+    options = ["--sparsity", "0.9", "--seeds", "1", "--steps", "8", "--out", str(picture)]
+    results = sparse_training.main(options)
+    kernels = 3 * 3 * 16 + 3 * 3 * 16 * 32 + 128 * 64 + 64 * 10
+    assert results["RigL"].sparsity == pytest.approx((kernels - 1358) / kernels, abs=1e-6)
+    assert results["dense"].sparsity == 0
+    assert picture.stat().st_size > 20_000
+    assert "± 0.0%" in capsys.readouterr().out
