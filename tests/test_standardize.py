@@ -130,11 +130,10 @@ def stored(f, *args):
 def test_a_gradient_stores_x_in_its_own_dtype_and_numbers_per_statistic(name, where, dtype):
     args, (_, split, axis) = arguments(dtype), NORMS[name]
     n_statistics = np.prod([s for a, s in enumerate(split) if a not in axis])
-    for f in (ours(name, where), jax.jit(ours(name, where))):
-        kept = stored(f, *args)
-        assert [a.dtype for a in kept if a.size >= args[0].size] == [dtype]
-        limit = args[0].nbytes + 4 * n_statistics * (2 if where is None else 3) + 4 * 8 + 6
-        assert sum(a.nbytes for a in kept) <= limit
+    kept = stored(jax.jit(ours(name, where)), *args)
+    assert [a.dtype for a in kept if a.size >= args[0].size] == [dtype]
+    limit = args[0].nbytes + 4 * n_statistics * (2 if where is None else 3) + 4 * 8 + 6
+    assert sum(a.nbytes for a in kept) <= limit
 
 
 @pytest.mark.parametrize("name", ["layer", "rms", "batch"])
@@ -198,14 +197,13 @@ def test_a_sample_in_which_nothing_counts_becomes_its_bias():
 
 
 @every_norm
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_does_not_count_may_be_nan(name, bad):
+def test_what_does_not_count_may_be_nan_or_infinite(name):
     """Neither the other entries nor their gradients see it, where the loss does not see it either."""
     x, scale, bias = arguments(jnp.float32)
     weight = jnp.where(MASK, normal(*SHAPE, seed=3), 0)
     value = jax.jit(jax.vjp, static_argnums=0)
     results = []
-    for fill in (0.0, bad):
+    for fill in (0.0, np.where(normal(*SHAPE, seed=5) < 0, np.nan, np.inf)):
         y, pull = value(ours(name, MASK), jnp.where(MASK, x, fill), scale, bias)
         results.append((jnp.where(MASK, y, 0), *pull(weight)))
     for clean, filled in zip(*results, strict=True):
