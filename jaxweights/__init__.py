@@ -80,8 +80,10 @@ from jaxweights.techniques.sparsification.storage import (
 from jaxweights.techniques.spectral_clipping import ClipSingularValues, clip_singular_values
 from jaxweights.techniques.spectral_norm import (
     ConvSpectralNorm,
+    SpectralEstimate,
     SpectralNorm,
     conv_spectral_norm,
+    spectral_estimate,
     spectral_norm,
     spectral_normalize,
 )
@@ -153,6 +155,7 @@ __all__ = [
     "ShareWeights",
     "Simplex",
     "Sparsify",
+    "SpectralEstimate",
     "SpectralNorm",
     "Stored",
     "Summary",
@@ -227,6 +230,7 @@ __all__ = [
     "share",
     "sparsegpt",
     "sparsify",
+    "spectral_estimate",
     "spectral_norm",
     "spectral_normalize",
     "summarize",

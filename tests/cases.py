@@ -72,7 +72,7 @@ TRANSFORMS = [
     Case("weight_norm centred", lambda: jw.Chain(jw.Center(), jw.WeightNorm(jw.axes.WHOLE)), shape=CONV),
     Case("weight_standardization", lambda: jw.WeightStandardization(2.0, scaled=True), shape=CONV),
     Case("spectral_norm", lambda: jw.SpectralNorm(), idempotent=False),
-    Case("spectral_norm 3 steps", lambda: jw.SpectralNorm(n_steps=3), idempotent=False),
+    Case("spectral_norm soft", lambda: jw.SpectralNorm(n_steps=3, target=halving, soft=True), idempotent=False),
     Case(
         "spectral_norm attention", lambda: jw.SpectralNorm(1, jw.axes.ATTENTION_OUT), shape=(4, 8, 16), idempotent=False
     ),

@@ -104,7 +104,7 @@ CASES = [
     ("nnx layer axes", lambda: jw.nnx.LayerNorm(4, reduction_axes=(0, 2))(x), V, "axis must name axes of x (2, 4)"),
     ("nnx layer integers", lambda: jw.nnx.LayerNorm(4)(integers(x)), T, FLOAT),
     ("where 3", lambda: lift(norm, 3), T, WHERE),
-    ("state missing, update", lambda w: SPECTRAL.update(tree(w), NO_STATE), V, at(SN, "the state has no 'u'")),
+    ("state missing, update", lambda w: SPECTRAL.update(tree(w), NO_STATE), V, at(SN, "the state has no 'v'")),
     ("grads of another tree", lambda w: SPECTRAL.update(tree(w), STATE, {"head": w}), V, "'head'"),
     ("grads of another shape", lambda w: SPECTRAL.update(tree(w), STATE, OTHER), V, "'encoder/kernel'"),
     ("decay integers", lambda w: step(decay, tree(integers(w)), PARAMS), T, at("add_weight_decay", "grad must be")),

@@ -51,6 +51,7 @@ CASES = [
     ("WeightStandardization eps", lambda: jw.WeightStandardization(eps=math.nan), V, NAN),
     ("WeightStandardization schedule", lambda: jw.WeightStandardization(lambda step: 1.0), T, CALLABLE),
     ("SpectralNorm 0", lambda: jw.SpectralNorm(0), V, "n_steps must be at least 1"),
+    ("SpectralNorm target", lambda: jw.SpectralNorm(target=-1.0), V, "target must be at least 0"),
     ("SpectralNorm 1.0", lambda: jw.SpectralNorm(1.0), T, INTEGER),
     ("ShareWeights 0", lambda: jw.ShareWeights(0), V, "n must be from 1 to"),
     ("ShareWeights seed", lambda: jw.ShareWeights(2, seed=-1), V, "seed must be at least 0"),

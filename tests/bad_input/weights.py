@@ -55,6 +55,7 @@ CASES = [
             "center": jw.center,
             "spectral_norm": jw.spectral_norm,
             "spectral_normalize": jw.spectral_normalize,
+            "spectral_estimate": lambda w: jw.spectral_estimate(w, {}),
             "conv_spectral_norm": lambda w: jw.conv_spectral_norm(w, (8, 4)),
             "ConvSpectralNorm": lambda w: jw.ConvSpectralNorm((8, 4)).init(w, KEY),
             "cluster": lambda w: jw.cluster(w, 2),

@@ -2,6 +2,14 @@
 
 from jaxweights.techniques.spectral_norm.convolution import ConvSpectralNorm, conv_spectral_norm
 from jaxweights.techniques.spectral_norm.exact import spectral_norm, spectral_normalize
-from jaxweights.techniques.spectral_norm.streaming import SpectralNorm
+from jaxweights.techniques.spectral_norm.streaming import SpectralEstimate, SpectralNorm, spectral_estimate
 
-__all__ = ["ConvSpectralNorm", "SpectralNorm", "conv_spectral_norm", "spectral_norm", "spectral_normalize"]
+__all__ = [
+    "ConvSpectralNorm",
+    "SpectralEstimate",
+    "SpectralNorm",
+    "conv_spectral_norm",
+    "spectral_estimate",
+    "spectral_norm",
+    "spectral_normalize",
+]

@@ -90,9 +90,9 @@ class ConvSpectralNorm(Transform):
     """Spectral normalization of a convolution as a linear map of images: w' = w / σ̂, σ̂ = ‖w ∗ v‖.
 
     σ̂ is the streaming estimate of `SpectralNorm`, with the convolution and its transpose in place of the products with
-    a matrix: `n_steps` steps an update, each of which convolves 12 images and transposes 4. With it the layer does not
-    lengthen any difference of its inputs, so a network of such layers has Lipschitz constant 1; the σ of the kernel
-    read as a matrix promises only √(positions in the window) for each of its layers.
+    a matrix: `n_steps` steps an update, and more while σ̂ grows, each of which convolves 12 images and transposes 4.
+    With it the layer does not lengthen any difference of its inputs, so a network of such layers has Lipschitz constant
+    1; the σ of the kernel read as a matrix promises only √(positions in the window) for each of its layers.
 
     The fields are the arguments of `conv_spectral_norm`: give those of the layer. Where layers differ, use rules:
     `on_tree({"conv1/kernel": ConvSpectralNorm((28, 28, 1)), ...})`.
@@ -128,7 +128,7 @@ class ConvSpectralNorm(Transform):
         return _started(w, key, self._convolution(w))
 
     def update(self, w, state, grad=None):
-        """`n_steps` steps of the search."""
+        """`n_steps` steps of the search, and more while the estimate grows."""
         conv = self._convolution(w)
         check_state(state, **_operator(w, conv).search_shapes())
         return _moved(w, state, conv, self.n_steps)
@@ -169,7 +169,7 @@ def _started(kernel, key, conv: Convolution):
 def _moved(kernel, search, conv: Convolution, n_steps: int):
     def run(kernel, search):
         operator = _operator(kernel, conv)
-        return jax.lax.fori_loop(0, n_steps, lambda _, s: iteration.step(operator, s), search)
+        return iteration.advance(operator, search, n_steps)
 
     return automatic(run, kernel, search)
 
@@ -183,7 +183,7 @@ def _by_search(kernel: jax.Array, conv: Convolution) -> jax.Array:
         v = search["v"]
         return (n < _MAX_STEPS) & (iteration.error_bound(operator, v) > _TOLERANCE * iteration.sigma(operator, v))
 
-    move = lambda state: (state[0] + 1, iteration.step(operator, state[1]))
+    move = lambda state: (state[0] + 1, iteration.step(operator, state[1])[0])
     _, search = jax.lax.while_loop(going, move, (0, iteration.start(operator, jax.random.key(0))))
     return iteration.sigma(_operator(kernel, conv), search["v"])
 

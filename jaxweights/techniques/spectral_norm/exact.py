@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.axes import Axes, Reading, axes_or_default
-from jaxweights.checks import check_weight
+from jaxweights.checks import check_scalar, check_weight
 from jaxweights.numerics import each_matrix, safe_divide, wide
+from jaxweights.transform import Number
 
 
 def spectral_norm(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
@@ -48,22 +49,32 @@ def leading_vectors(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     return u[:, 0], vt[0]
 
 
-def spectral_normalize(w: jax.Array, sigma: jax.Array | None = None, *, axes: Axes | None = None) -> jax.Array:
+def spectral_normalize(
+    w: jax.Array,
+    sigma: jax.Array | None = None,
+    *,
+    axes: Axes | None = None,
+    target: Number = 1.0,
+    soft: bool = False,
+) -> jax.Array:
     """Divides a weight by its largest singular value.
 
-    w' = w / σ(W). The gradient flows through σ where it is computed here.
+    w' = w·c/σ(W), c the target; if soft, only where σ > c: w' = w·min(1, c/σ(W)). The gradient flows through σ where it
+    is computed here.
 
     Args:
       w: float array of any shape.
       sigma: σ if known, shape (*batch, [groups]) or a scalar; `spectral_norm(w, axes=axes)` by default.
       axes: how `w` is read as a matrix; (..., in, out) by default.
+      target: c >= 0, the σ of the result: a number or a scalar array.
+      soft: leave a matrix of smaller σ as it is, bit for bit.
 
     Returns:
-      Array of the shape and dtype of `w`. Where σ is 0, `w` itself.
+      Array of the shape and dtype of `w`. Where σ is 0, so is `w`.
 
     Raises:
-      TypeError: `w` is not a float array.
-      ValueError: `axes` does not fit `w`, or `sigma` has another shape.
+      TypeError: `w` is not a float array, or `target` not a number.
+      ValueError: `axes` does not fit `w`, `sigma` has another shape, or `target` is negative or NaN.
 
     >>> import jax.numpy as jnp
     >>> print(spectral_normalize(jnp.diag(jnp.array([1.0, 4.0]))))
@@ -74,6 +85,7 @@ def spectral_normalize(w: jax.Array, sigma: jax.Array | None = None, *, axes: Ax
     arXiv:1802.05957, 2018.
     """
     w = check_weight(w)
+    check_scalar("target", target, 0)
     r = Reading.of(axes, w.shape)
     sigma = spectral_norm(w, axes=axes) if sigma is None else check_weight(sigma, "sigma")
     view, gr = r.split_groups(w)
@@ -86,4 +98,6 @@ def spectral_normalize(w: jax.Array, sigma: jax.Array | None = None, *, axes: Ax
             tuple(a for a in range(view.ndim) if a not in gr.batch),
         )
     dtype = wide(w.dtype)
-    return safe_divide(view.astype(dtype), sigma.astype(dtype)).astype(w.dtype).reshape(w.shape)
+    view, sigma, target = view.astype(dtype), sigma.astype(dtype), jnp.asarray(target, dtype)
+    new = target * safe_divide(view, sigma)
+    return (jnp.where(sigma > target, new, view) if soft else new).astype(w.dtype).reshape(w.shape)

@@ -6,7 +6,7 @@ It knows the map by its products alone, so it serves matrices and convolutions a
 >>> w = jnp.diag(jnp.arange(1.0, 31.0))
 >>> operator = Operator(lambda x: w @ x, (30,))
 >>> search = start(operator, jax.random.key(0))
->>> move = jax.jit(lambda search: step(operator, search))
+>>> move = jax.jit(lambda search: step(operator, search)[0])
 >>> for _ in range(10):
 ...     search = move(search)
 >>> print(f"{sigma(operator, search['v']):.4f}")
@@ -22,13 +22,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxweights.numerics import each_matrix, safe_divide, safe_norm
+from jaxweights.numerics import safe_divide, safe_norm
 
 Array = jax.Array
 Search = dict[str, Array]
 
 WIDTH = 4
-"""How many singular pairs are followed: the leading one, and those that may overtake it when the map changes."""
+"""How many singular pairs are followed: the leading one, and what may overtake it when the map changes."""
+_SETTLED = 1e-3
+"""A step that raises the estimate of σ by no more than this part of it finds a search that has caught up."""
+_MOST_STEPS = 8
+"""How many steps at most the search takes to catch up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,46 +75,66 @@ def start(operator: Operator, key: Array) -> Search:
 
     Returns:
       {"v": an estimate of the leading right singular vector, (*batch, ...); "basis": orthonormal vectors that span
-      the space of the next step, (*batch, 12, ...)}.
+      the space of the next step, (*batch, 3·WIDTH, ...)}.
     """
     basis = jax.random.normal(key, operator.search_shapes()["basis"], operator.dtype)
     basis = _orthonormal(operator, _unit(operator, basis))
-    first = jax.lax.slice_in_dim(basis, 0, 1, axis=operator.n_batch)
-    return {"v": jnp.squeeze(_unit(operator, first), operator.n_batch), "basis": basis}
+    return {"v": _first(operator, _unit(operator, basis)), "basis": basis}
 
 
-def step(operator: Operator, search: Search) -> Search:
+def step(operator: Operator, search: Search) -> tuple[Search, Array]:
     """Moves a search on, by one pass over the weights with A and one with Aᵀ.
 
-    Block LOBPCG for the leading singular pairs: in the span of the basis X, Rayleigh and Ritz find the best V from AX;
-    Aᵀ gives the residuals R of V; the next basis spans V, R and the directions P in which V has moved. Only vectors
-    are kept from step to step, no products, so the map may change between steps. Where it is zero `v` is kept. One
-    that is not finite leaves its search as it was.
+    Block LOBPCG for the leading singular pairs of AᵀA: in the span of the basis, Rayleigh and Ritz find the best X from
+    AX; the next basis spans X, AᵀAX, and the directions P in which X has moved. Only vectors are kept from step to
+    step, no products, so the map may change between steps. One that is zero or not finite leaves its search as it was.
+
+    Returns:
+      The search, and by which part of it the estimate of σ has grown, the most of the batch.
 
     References: Knyazev, Toward the Optimal Preconditioned Eigensolver: Locally Optimal Block Preconditioned Conjugate
     Gradient Method, SIAM J. Sci. Comput. 23, 2001.
     """
     axis, basis = operator.n_batch, search["basis"]
-    inner = lambda x: tuple(range(axis, x.ndim))
+    per_map = lambda a, like: a.reshape(*a.shape, *(1,) * (like.ndim - axis))
     images = operator.times(basis)
-    images = safe_divide(images, jnp.max(jnp.abs(images), inner(images), keepdims=True))
-    _, c = _eigh(_gram(operator, images, images))
-    c = c[..., ::-1][..., :WIDTH]
-    v = _combine(operator, c, basis)
-    z = operator.transpose_times(_unit(operator, _combine(operator, c, images)))
-    p = _combine(operator, c[..., WIDTH:, :], jax.lax.slice_in_dim(basis, WIDTH, 3 * WIDTH, axis=axis))
+    size = jnp.max(jnp.abs(images), tuple(range(axis, images.ndim)), initial=0)
+    images = safe_divide(images, per_map(size, images))
+    gram = _gram(operator, images, images)
+    c = _leading_vectors(gram)
+    values = jnp.maximum(jnp.einsum("...ik,...ij,...jk->...k", c, gram, c, precision="highest"), 0)
+    growth = jnp.sqrt(safe_divide(values[..., 0], gram[..., 0, 0])) - 1
+
+    moved = jnp.where(jnp.arange(3 * WIDTH)[:, None] < WIDTH, 0, c)  # the basis begins with the X of the last step
+    x, p = jnp.split(_combine(operator, jnp.concatenate([c, moved], -1), basis), 2, axis)
+    u = _combine(operator, safe_divide(c, jnp.sqrt(values)[..., None, :]), images)
+    z = operator.transpose_times(u)
+    z = safe_divide(z, per_map(size, z))
+    length = _length(operator, z)
+    z = safe_divide(z, length)
     rest = jnp.concatenate([z, p], axis)
     for _ in range(2):  # twice, since little may be left after the first time
-        rest = _unit(operator, rest - _combine(operator, _gram(operator, v, rest), v))
-    # Fixed directions stand in for those that vanish, and are mixed into all, too little to change σ by more than a
-    # rounding. A sparse map may map the space of X to itself: without them the search would never leave it.
-    new = jnp.concatenate([v, rest], axis)
-    mixed = jnp.where(_norm(operator, new) == 0, 1, jnp.sqrt(jnp.finfo(new.dtype).eps))
-    basis = _orthonormal(operator, new + mixed * _probes(operator))
-    leading = jnp.squeeze(_unit(operator, jax.lax.slice_in_dim(z, 0, 1, axis=axis)), axis)
-    leading = jnp.where(jnp.any(leading != 0, inner(leading), keepdims=True), leading, search["v"])
-    finite = lambda x: jnp.all(jnp.isfinite(x), inner(x), keepdims=True)
-    return {n: jnp.where(finite(a), a, search[n]) for n, a in (("v", leading), ("basis", basis))}
+        # Fixed directions stand in for those that vanish, and are mixed into all, too little to change σ by more than
+        # a rounding. A sparse map may map the space of X to itself: without them the search would never leave it.
+        rest = _unit(operator, rest - _combine(operator, _gram(operator, x, rest), x))
+        rest += jnp.sqrt(jnp.finfo(x.dtype).eps) * _probes(operator)
+    new = {"v": _first(operator, z), "basis": _orthonormal(operator, jnp.concatenate([x, rest], axis))}
+
+    longest = jnp.max(length, tuple(range(axis, length.ndim)))
+    good = (longest > 0) & (longest < jnp.inf)  # false where NaN
+    search = {n: jnp.where(per_map(good, a), a, search[n]) for n, a in new.items()}
+    return search, jnp.max(jnp.where(good, growth, 0), initial=0)
+
+
+def advance(operator: Operator, search: Search, n_steps: int) -> Search:
+    """`n_steps` steps, and more, up to 8, while one still raises the estimate of σ by over .1%."""
+    going = lambda carry: (carry[1] < n_steps) | ((carry[2] > _SETTLED) & (carry[1] < _MOST_STEPS))
+
+    def move(carry):
+        search, growth = step(operator, carry[0])
+        return search, carry[1] + 1, growth
+
+    return jax.lax.while_loop(going, move, (search, 0, jnp.zeros((), operator.dtype)))[0]
 
 
 def sigma(operator: Operator, v: Array) -> Array:
@@ -132,23 +156,28 @@ def error_bound(operator: Operator, v: Array) -> Array:
     eigenvalues are plus and minus the singular values. That singular value is the nearest, not always the largest.
     """
     axis = operator.n_batch
-    y = operator.times(jnp.expand_dims(v, axis))
-    size = _norm(operator, y)
-    u = safe_divide(y, size)
-    residual = operator.transpose_times(u) - size * jnp.expand_dims(v, axis)
-    return _norm(operator, residual).reshape(v.shape[:axis]) / jnp.sqrt(jnp.asarray(2, v.dtype))
+    inner = lambda x: tuple(range(axis, x.ndim))
+    y = jnp.expand_dims(operator.matvec(v), axis)
+    size = safe_norm(y, inner(y), keepdims=True)
+    image = jnp.squeeze(operator.transpose_times(safe_divide(y, size)), axis)
+    residual = image - size.reshape(*v.shape[:axis], *(1,) * (v.ndim - axis)) * v
+    return safe_norm(residual, inner(residual)) / math.sqrt(2)
 
 
 # Blocks of vectors, (*batch, n, ...)
 
 
-def _norm(operator: Operator, xs: Array) -> Array:
-    return safe_norm(xs, tuple(range(operator.n_batch + 1, xs.ndim)), keepdims=True)
+def _first(operator: Operator, xs: Array) -> Array:
+    return jax.lax.index_in_dim(xs, 0, operator.n_batch, keepdims=False)
+
+
+def _length(operator: Operator, xs: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(xs), tuple(range(operator.n_batch + 1, xs.ndim)), keepdims=True))
 
 
 def _unit(operator: Operator, xs: Array) -> Array:
     """Each vector by its length; a zero one stays zero."""
-    return safe_divide(xs, _norm(operator, xs))
+    return safe_divide(xs, _length(operator, xs))
 
 
 def _gram(operator: Operator, xs: Array, ys: Array) -> Array:
@@ -160,24 +189,58 @@ def _gram(operator: Operator, xs: Array, ys: Array) -> Array:
 def _combine(operator: Operator, c: Array, xs: Array) -> Array:
     """XC, with C of (*batch, n, m)."""
     batch, n = tuple(range(operator.n_batch)), operator.n_batch
-    return jax.lax.dot_general(c, xs, (((n,), (n,)), (batch, batch)), precision="highest")
-
-
-def _eigh(gram: Array) -> tuple[Array, Array]:
-    """Eigenvalues, from the smallest on, and vectors."""
-    return each_matrix(lambda g: tuple(jnp.linalg.eigh(g)), gram)
+    return jax.lax.dot_general(c.mT, xs, (((n + 1,), (n,)), (batch, batch)), precision="highest")
 
 
 def _orthonormal(operator: Operator, xs: Array) -> Array:
-    """X(XᵀX)^-½: the nearest orthonormal vectors; shorter ones in the directions that X hardly has."""
-    values, q = _eigh(_gram(operator, xs, xs))
-    values = jnp.maximum(values, jnp.sqrt(jnp.finfo(xs.dtype).eps))
-    return _combine(operator, jnp.matmul(q / jnp.sqrt(values)[..., None, :], q.mT, precision="highest"), xs)
+    """Gram-Schmidt, by the inverse Cholesky factor; zeros for the vectors that add hardly a direction."""
+    return _combine(operator, _inverse_cholesky(_gram(operator, xs, xs)).mT, xs)
+
+
+# Small matrices, (*batch, n, n), by products and unrolled loops: they serve stacks, meshes and TPUs as LAPACK does not.
+
+
+def _leading_vectors(gram: Array) -> Array:
+    """The leading eigenvectors of a positive matrix, (*batch, n, WIDTH), orthonormal or zero.
+
+    Squared again and again, G becomes a multiple of ccᵀ for the leading c, unless others are as good to 1e-6; then G is
+    deflated.
+    """
+
+    def square(_, p):
+        p = jnp.matmul(p, p, precision="highest")
+        return safe_divide(p, jnp.trace(p, axis1=-2, axis2=-1)[..., None, None])
+
+    found: list[Array] = []
+    for _ in range(WIDTH):
+        p = safe_divide(gram, jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None])
+        p = jax.lax.fori_loop(0, 16, square, p)
+        largest = jnp.argmax(jnp.diagonal(p, axis1=-2, axis2=-1), -1)[..., None, None]
+        c = jnp.take_along_axis(p, largest, -1)
+        for other in found:
+            c -= other * jnp.sum(other * c, -2, keepdims=True)
+        c = safe_divide(c, jnp.sqrt(jnp.sum(jnp.square(c), -2, keepdims=True)))
+        gram -= jnp.sum(c * jnp.matmul(gram, c, precision="highest"), -2, keepdims=True) * c * c.mT
+        found.append(c)
+    return jnp.concatenate(found, -1)
+
+
+def _inverse_cholesky(gram: Array) -> Array:
+    """L⁻¹ of G = LLᵀ, with zeros for the vectors that depend on those before them, to √eps."""
+    n = gram.shape[-1]
+    out = jnp.broadcast_to(jnp.eye(n, dtype=gram.dtype), gram.shape)
+    for j in range(n):
+        pivot = gram[..., j, j, None]
+        inverse = jnp.where(pivot > jnp.sqrt(jnp.finfo(gram.dtype).eps), jax.lax.rsqrt(jnp.maximum(pivot, 1e-9)), 0)
+        row, below = out[..., j, :] * inverse, jnp.where(jnp.arange(n) > j, gram[..., :, j] * inverse, 0)
+        out = jnp.where(jnp.arange(n)[:, None] == j, row[..., None, :], out - below[..., None] * row[..., None, :])
+        gram -= below[..., None] * below[..., None, :]
+    return out
 
 
 def _probes(operator: Operator) -> Array:
-    """As many vectors as the basis has, fixed and in general position: a hash of each entry's place."""
-    shape = (3 * WIDTH, *operator.shape[operator.n_batch :])
+    """Vectors fixed and in general position, as many as 2·WIDTH: a hash of each entry's place."""
+    shape = (2 * WIDTH, *operator.shape[operator.n_batch :])
     word = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape) * jnp.uint32(0x9E3779B1)
     word = (word ^ (word >> 15)) * jnp.uint32(0x85EBCA77)
     word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE3D)
