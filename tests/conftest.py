@@ -9,3 +9,14 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_WORKER_ID", "0")
+
+# JAX reads them when it is imported.
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_let_go():
+    """Each compiled program maps memory, of which a process may have only so many pieces: XLA crashes at the next."""
+    yield
+    jax.clear_caches()
