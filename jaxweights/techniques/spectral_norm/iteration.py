@@ -197,7 +197,7 @@ def _orthonormal(operator: Operator, xs: Array) -> Array:
     return _combine(operator, _inverse_cholesky(_gram(operator, xs, xs)).mT, xs)
 
 
-# Small matrices, (*batch, n, n), by products and unrolled loops: they serve stacks, meshes and TPUs as LAPACK does not.
+# Small matrices, (*batch, n, n), by products alone: they serve stacks, meshes and TPUs as LAPACK does not.
 
 
 def _leading_vectors(gram: Array) -> Array:
@@ -211,31 +211,38 @@ def _leading_vectors(gram: Array) -> Array:
         p = jnp.matmul(p, p, precision="highest")
         return safe_divide(p, jnp.trace(p, axis1=-2, axis2=-1)[..., None, None])
 
-    found: list[Array] = []
-    for _ in range(WIDTH):
+    def find(i, state):
+        gram, found = state
         p = safe_divide(gram, jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None])
         p = jax.lax.fori_loop(0, 16, square, p)
         largest = jnp.argmax(jnp.diagonal(p, axis1=-2, axis2=-1), -1)[..., None, None]
         c = jnp.take_along_axis(p, largest, -1)
-        for other in found:
-            c -= other * jnp.sum(other * c, -2, keepdims=True)
+        c -= jnp.matmul(found, jnp.sum(found * c, -2)[..., None], precision="highest")
         c = safe_divide(c, jnp.sqrt(jnp.sum(jnp.square(c), -2, keepdims=True)))
         gram -= jnp.sum(c * jnp.matmul(gram, c, precision="highest"), -2, keepdims=True) * c * c.mT
-        found.append(c)
-    return jnp.concatenate(found, -1)
+        return gram, jnp.where(jnp.arange(WIDTH) == i, c, found)
+
+    return jax.lax.fori_loop(0, WIDTH, find, (gram, jnp.zeros_like(gram[..., :WIDTH])))[1]
 
 
 def _inverse_cholesky(gram: Array) -> Array:
     """L⁻¹ of G = LLᵀ, with zeros for the vectors that depend on those before them, to √eps."""
     n = gram.shape[-1]
-    out = jnp.broadcast_to(jnp.eye(n, dtype=gram.dtype), gram.shape)
-    for j in range(n):
-        pivot = gram[..., j, j, None]
-        inverse = jnp.where(pivot > jnp.sqrt(jnp.finfo(gram.dtype).eps), jax.lax.rsqrt(jnp.maximum(pivot, 1e-9)), 0)
-        row, below = out[..., j, :] * inverse, jnp.where(jnp.arange(n) > j, gram[..., :, j] * inverse, 0)
-        out = jnp.where(jnp.arange(n)[:, None] == j, row[..., None, :], out - below[..., None] * row[..., None, :])
-        gram -= below[..., None] * below[..., None, :]
-    return out
+    place, least = jnp.arange(n), jnp.sqrt(jnp.finfo(gram.dtype).eps)
+
+    def eliminate(j, state):
+        gram, out = state
+        here = place == j
+        column = jnp.sum(jnp.where(here, gram, 0), -1)
+        pivot = jnp.sum(jnp.where(here, column, 0), -1, keepdims=True)
+        inverse = jnp.where(pivot > least, jax.lax.rsqrt(jnp.maximum(pivot, 1e-9)), 0)
+        row = jnp.sum(jnp.where(here[:, None], out, 0), -2) * inverse
+        below = jnp.where(place > j, column * inverse, 0)[..., None]
+        out = jnp.where(here[:, None], row[..., None, :], out - below * row[..., None, :])
+        return gram - below * below.mT, out
+
+    identity = jnp.broadcast_to(jnp.eye(n, dtype=gram.dtype), gram.shape)
+    return jax.lax.fori_loop(0, n, eliminate, (gram, identity))[1]
 
 
 def _probes(operator: Operator) -> Array:
