@@ -59,7 +59,7 @@ def errors(seeds: int) -> dict[str, list[float]]:
 
 def ours(w: np.ndarray, seed: int) -> list[float]:
     """Exactly one step an update, and none before."""
-    operator = iteration.Operator(lambda x: jnp.asarray(w) @ x, w.shape[1:])
+    operator = iteration.Operator(lambda xs: xs @ jnp.asarray(w).T, w.shape[1:])
     step = jax.jit(lambda search: iteration.step(operator, search)[0])
     estimate = jax.jit(lambda search: iteration.sigma(operator, search["v"]))
     search, found = iteration.start(operator, jax.random.key(seed)), []

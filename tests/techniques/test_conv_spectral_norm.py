@@ -187,3 +187,16 @@ def test_transform_takes_lists_and_stays_hashable():
     t = jw.ConvSpectralNorm([6, 5, 2], strides=[1, 2], padding=[[1, 1], (0, 1)], dilation=[1, 1])
     same = jw.ConvSpectralNorm((6, 5, 2), strides=(1, 2), padding=((1, 1), (0, 1)), dilation=(1, 1))
     assert t == same and hash(t) == hash(same)
+
+
+def test_target_and_soft():
+    kernel_shape, input_shape, options = LAYERS[0]
+    target = lambda step: 1.0 + 0.5 * step
+    for size, soft, expected in ((10, False, 1.5), (0.01, False, 1.5), (10, True, 1.5), (0.01, True, None)):
+        w = jnp.float32(size * normal(*kernel_shape))
+        t = jw.ConvSpectralNorm(input_shape, n_steps=30, target=target, soft=soft, **options)
+        new = t.apply(w, t.update(w, t.update(w, t.init(w, jax.random.key(0)))))  # of steps 0 and 1
+        if expected:
+            np.testing.assert_allclose(sigma(np.float64(new), input_shape, **options), expected, rtol=1e-4)
+        else:
+            np.testing.assert_array_equal(new, w)

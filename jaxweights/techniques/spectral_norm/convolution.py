@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import string
 from collections.abc import Sequence
@@ -12,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxweights.checks import check_integer, check_shape, check_state, check_weight
+from jaxweights.checks import check_integer, check_scalar, check_shape, check_weight
 from jaxweights.convolution import Convolution, Padding
 from jaxweights.numerics import automatic, each_matrix, safe_divide, wide
 from jaxweights.techniques.spectral_norm import iteration
-from jaxweights.techniques.spectral_norm.exact import leading_vectors
-from jaxweights.techniques.spectral_norm.iteration import Operator
-from jaxweights.transform import Transform
+from jaxweights.techniques.spectral_norm.exact import leading_vectors, spectral_normalize
+from jaxweights.techniques.spectral_norm.iteration import Operator, search_in
+from jaxweights.transform import Scalar, Transform
 
-_INITIAL_STEPS = 5
 _MAX_STEPS = 100
 _TOLERANCE = 1e-4
 
@@ -87,18 +85,19 @@ def conv_spectral_norm(
 
 @dataclasses.dataclass(frozen=True)
 class ConvSpectralNorm(Transform):
-    """Spectral normalization of a convolution as a linear map of images: w' = w / σ̂, σ̂ = ‖w ∗ v‖.
+    """Spectral normalization of a convolution as a linear map of images: w' = w·c/σ̂, σ̂ = ‖w ∗ v‖.
 
     σ̂ is the streaming estimate of `SpectralNorm`, with the convolution and its transpose in place of the products with
-    a matrix: `n_steps` steps an update, and more while σ̂ grows, each of which convolves 12 images and transposes 4.
+    a matrix: `n_steps` steps an update, and more while σ̂ grows, each of which convolves 4 images and transposes one.
     With it the layer does not lengthen any difference of its inputs, so a network of such layers has Lipschitz constant
     1; the σ of the kernel read as a matrix promises only √(positions in the window) for each of its layers.
 
-    The fields are the arguments of `conv_spectral_norm`: give those of the layer. Where layers differ, use rules:
+    The target c may be a schedule. If `soft`, a kernel is divided only where σ̂ > c, and kept bit for bit elsewhere. The
+    other fields are the arguments of `conv_spectral_norm`: give those of the layer. Where layers differ, use rules:
     `on_tree({"conv1/kernel": ConvSpectralNorm((28, 28, 1)), ...})`.
 
     State: that of the search, float32 or wider: `v`, an image that has the shape of the input or of the output,
-    whichever is smaller, and `basis`, 12 such images.
+    whichever is smaller, and `basis`, 4 such images.
 
     >>> import jax, jax.numpy as jnp
     >>> import jaxweights as jw
@@ -116,29 +115,32 @@ class ConvSpectralNorm(Transform):
     padding: Padding = "SAME"
     dilation: int | Sequence[int] = 1
     groups: int = 1
+    target: Scalar = 1.0
+    soft: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "input_shape", check_shape("input_shape", self.input_shape))
         check_integer("n_steps", self.n_steps, 1)
+        check_scalar("target", self.target, 0, schedule=True)
         for name in ("strides", "padding", "dilation"):  # hashable
             object.__setattr__(self, name, _frozen(getattr(self, name)))
 
     def init(self, w, key):
         """A search from random images, brought close by a few steps."""
-        return _started(w, key, self._convolution(w))
+        return super().init(w, key) | iteration.started(w, key, _operator, self._convolution(w))
 
     def update(self, w, state, grad=None):
         """`n_steps` steps of the search, and more while the estimate grows."""
         conv = self._convolution(w)
-        check_state(state, **_operator(w, conv).search_shapes())
-        return _moved(w, state, conv, self.n_steps)
+        search = search_in(state, _operator(w, conv))
+        return super().update(w, state, grad) | iteration.moved(w, search, _operator, conv, self.n_steps)
 
     def apply(self, w, state):
-        """w / ‖w ∗ v‖."""
+        """w·c/‖w ∗ v‖."""
         conv = self._convolution(w)
-        check_state(state, **_operator(w, conv).search_shapes())
-        sigma = automatic(lambda w, v: iteration.sigma(_operator(w, conv), v), w, state["v"])
-        return safe_divide(w.astype(sigma.dtype), sigma).astype(w.dtype)
+        v = search_in(state, _operator(w, conv))["v"]
+        sigma = automatic(lambda w, v: iteration.sigma(_operator(w, conv), v), w, v)
+        return spectral_normalize(w, sigma, target=self.value("target", state), soft=self.soft)
 
     def _convolution(self, w) -> Convolution:
         options = {name: getattr(self, name) for name in ("strides", "padding", "dilation", "groups")}
@@ -153,25 +155,10 @@ def _frozen(value):
 def _operator(kernel: jax.Array, conv: Convolution) -> Operator:
     """The convolution or its transpose, so that x is on the smaller side."""
     kernel = kernel.astype(wide(kernel.dtype))
-    there, back = (lambda x: conv(kernel, x)), (lambda y: conv.transpose(kernel, y))
+    there, back = jax.vmap(lambda x: conv(kernel, x)), jax.vmap(lambda y: conv.transpose(kernel, y))
     if math.prod(conv.input_shape) <= math.prod(conv.output_shape):
         return Operator(there, conv.input_shape, 0, kernel.dtype, back)
     return Operator(back, conv.output_shape, 0, kernel.dtype, there)
-
-
-@functools.partial(jax.jit, static_argnames="conv")
-def _started(kernel, key, conv: Convolution):
-    search = automatic(lambda kernel: iteration.start(_operator(kernel, conv), key), kernel)
-    return _moved(kernel, search, conv, _INITIAL_STEPS)
-
-
-@functools.partial(jax.jit, static_argnames=("conv", "n_steps"))
-def _moved(kernel, search, conv: Convolution, n_steps: int):
-    def run(kernel, search):
-        operator = _operator(kernel, conv)
-        return iteration.advance(operator, search, n_steps)
-
-    return automatic(run, kernel, search)
 
 
 def _by_search(kernel: jax.Array, conv: Convolution) -> jax.Array:

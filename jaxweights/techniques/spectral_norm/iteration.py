@@ -4,10 +4,10 @@ It knows the map by its products alone, so it serves matrices and convolutions a
 
 >>> import jax, jax.numpy as jnp
 >>> w = jnp.diag(jnp.arange(1.0, 31.0))
->>> operator = Operator(lambda x: w @ x, (30,))
+>>> operator = Operator(lambda xs: xs @ w.T, (30,))
 >>> search = start(operator, jax.random.key(0))
 >>> move = jax.jit(lambda search: step(operator, search)[0])
->>> for _ in range(10):
+>>> for _ in range(15):
 ...     search = move(search)
 >>> print(f"{sigma(operator, search['v']):.4f}")
 30.0000
@@ -16,23 +16,31 @@ It knows the map by its products alone, so it serves matrices and convolutions a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxweights.numerics import safe_divide, safe_norm
+from jaxweights.checks import check_state
+from jaxweights.numerics import automatic, safe_divide, safe_norm
+from jaxweights.transform import State
 
 Array = jax.Array
 Search = dict[str, Array]
 
-WIDTH = 4
+WIDTH = 2
 """How many singular pairs are followed: the leading one, and what may overtake it when the map changes."""
-_SETTLED = 1e-3
+SPAN = WIDTH + 2
+"""The dimensions of the space of a step."""
+_SETTLED = 5e-5
 """A step that raises the estimate of σ by no more than this part of it finds a search that has caught up."""
-_MOST_STEPS = 8
+_MOST_STEPS = 16
 """How many steps at most the search takes to catch up."""
+_INITIAL_STEPS = 5
+"""How many it takes at least from random vectors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,34 +48,32 @@ class Operator:
     """A linear map A, or a batch of them.
 
     Args:
-      matvec: x -> Ax, for one x (of each map of the batch) of shape `shape`. The result may have any shape that has
-        the batch axes first. It is linear in x and closes over the weights.
-      shape: (*batch, ...), that of x. What is stored is some vectors like x, so let x be on the smaller side.
-      n_batch: how many leading axes of x number maps of their own.
-      dtype: of x and Ax, float32 or wider.
-      transpose: y -> Aᵀy, like `matvec`; by default JAX finds it.
+      times: X -> AX, for a block of n vectors (of each map of the batch), (*batch, n, ...). The result may have any
+        shape that begins with (*batch, n). It is linear in X and closes over the weights.
+      shape: (*batch, ...), that of one vector. What is stored is some of them, so let x be on the smaller side.
+      n_batch: how many leading axes number maps of their own.
+      dtype: of X and AX, float32 or wider.
+      transpose: Y -> AᵀY, like `times`; by default JAX finds it.
     """
 
-    matvec: Callable[[Array], Array]
+    times: Callable[[Array], Array]
     shape: tuple[int, ...]
     n_batch: int = 0
     dtype: jnp.dtype = dataclasses.field(default_factory=lambda: jnp.dtype(jnp.float32))
     transpose: Callable[[Array], Array] | None = None
 
-    def times(self, xs: Array) -> Array:
-        """AX for a block of vectors, (*batch, n, ...): one pass over the weights."""
-        return jax.vmap(self.matvec, self.n_batch, self.n_batch)(xs)
-
     def transpose_times(self, ys: Array) -> Array:
-        """AᵀY for a block of vectors: one pass over the weights."""
-        x = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        transpose = self.transpose or (lambda y: jax.linear_transpose(self.matvec, x)(y)[0])
-        return jax.vmap(transpose, self.n_batch, self.n_batch)(ys)
+        """AᵀY for a block of vectors."""
+        if self.transpose:
+            return self.transpose(ys)
+        batch, inner = self.shape[: self.n_batch], self.shape[self.n_batch :]
+        xs = jax.ShapeDtypeStruct((*batch, ys.shape[self.n_batch], *inner), self.dtype)
+        return jax.linear_transpose(self.times, xs)(ys)[0]
 
     def search_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each array of a search."""
         batch, inner = self.shape[: self.n_batch], self.shape[self.n_batch :]
-        return {"v": self.shape, "basis": (*batch, 3 * WIDTH, *inner)}
+        return {"v": self.shape, "basis": (*batch, SPAN, *inner)}
 
 
 def start(operator: Operator, key: Array) -> Search:
@@ -75,19 +81,20 @@ def start(operator: Operator, key: Array) -> Search:
 
     Returns:
       {"v": an estimate of the leading right singular vector, (*batch, ...); "basis": orthonormal vectors that span
-      the space of the next step, (*batch, 3·WIDTH, ...)}.
+      the space of the next step, (*batch, 4, ...)}.
     """
     basis = jax.random.normal(key, operator.search_shapes()["basis"], operator.dtype)
     basis = _orthonormal(operator, _unit(operator, basis))
-    return {"v": _first(operator, _unit(operator, basis)), "basis": basis}
+    return {"v": jax.lax.index_in_dim(_unit(operator, basis), 0, operator.n_batch, keepdims=False), "basis": basis}
 
 
 def step(operator: Operator, search: Search) -> tuple[Search, Array]:
     """Moves a search on, by one pass over the weights with A and one with Aᵀ.
 
-    Block LOBPCG for the leading singular pairs of AᵀA: in the span of the basis, Rayleigh and Ritz find the best X from
-    AX; the next basis spans X, AᵀAX, and the directions P in which X has moved. Only vectors are kept from step to
-    step, no products, so the map may change between steps. One that is zero or not finite leaves its search as it was.
+    LOBPCG for the leading singular pair, that keeps the second: in the span of the basis, Rayleigh and Ritz find the
+    best two vectors X from their images; the next basis spans X, AᵀAx for the leading x, and the direction p in which x
+    has moved. Only vectors are kept from step to step, no products, so the map may change between steps. One that is
+    zero or not finite leaves its search as it was.
 
     Returns:
       The search, and by which part of it the estimate of σ has grown, the most of the batch.
@@ -102,32 +109,30 @@ def step(operator: Operator, search: Search) -> tuple[Search, Array]:
     images = safe_divide(images, per_map(size, images))
     gram = _gram(operator, images, images)
     c = _leading_vectors(gram)
-    values = jnp.maximum(jnp.einsum("...ik,...ij,...jk->...k", c, gram, c, precision="highest"), 0)
-    growth = jnp.sqrt(safe_divide(values[..., 0], gram[..., 0, 0])) - 1
+    p = jnp.where(jnp.arange(SPAN)[:, None] < WIDTH, 0, c[..., :1])  # the basis begins with the X of the last step
+    p = safe_divide(p, jnp.sqrt(jnp.sum(jnp.square(p), -2, keepdims=True)))
+    x, p = jnp.split(_combine(operator, jnp.concatenate([c, p], -1), basis), [WIDTH], axis)
 
-    moved = jnp.where(jnp.arange(3 * WIDTH)[:, None] < WIDTH, 0, c)  # the basis begins with the X of the last step
-    x, p = jnp.split(_combine(operator, jnp.concatenate([c, moved], -1), basis), 2, axis)
-    u = _combine(operator, safe_divide(c, jnp.sqrt(values)[..., None, :]), images)
-    z = operator.transpose_times(u)
-    z = safe_divide(z, per_map(size, z))
+    image = size * jnp.sqrt(jnp.einsum("...i,...ij,...j->...", c[..., 0], gram, c[..., 0], precision="highest"))
+    z = operator.transpose_times(_combine(operator, safe_divide(c[..., :1], image[..., None, None]), images))
     length = _length(operator, z)
     z = safe_divide(z, length)
-    rest = jnp.concatenate([z, p], axis)
-    for _ in range(2):  # twice, since little may be left after the first time
-        # Fixed directions stand in for those that vanish, and are mixed into all, too little to change σ by more than
-        # a rounding. A sparse map may map the space of X to itself: without them the search would never leave it.
-        rest = _unit(operator, rest - _combine(operator, _gram(operator, x, rest), x))
-        rest += jnp.sqrt(jnp.finfo(x.dtype).eps) * _probes(operator)
-    new = {"v": _first(operator, z), "basis": _orthonormal(operator, jnp.concatenate([x, rest], axis))}
+    # What z adds is orthogonal to the whole basis, but for rounding. A fixed direction stands in where it vanishes: a
+    # sparse map may map the space of X to itself, and the search would never leave it.
+    leading = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+    rest = z - _combine(operator, _gram(operator, leading, z), leading)
+    rest = _unit(operator, rest + jnp.finfo(x.dtype).eps * _probe(operator))
+    new = {"v": jnp.squeeze(z, axis), "basis": _orthonormal(operator, jnp.concatenate([x, rest, p], axis))}
 
-    longest = jnp.max(length, tuple(range(axis, length.ndim)))
-    good = (longest > 0) & (longest < jnp.inf)  # false where NaN
+    length = length.reshape(size.shape)
+    good = (length > 0) & (length < jnp.inf)  # false where NaN
+    growth = safe_divide(length, jnp.sqrt(gram[..., 0, 0])) - 1
     search = {n: jnp.where(per_map(good, a), a, search[n]) for n, a in new.items()}
     return search, jnp.max(jnp.where(good, growth, 0), initial=0)
 
 
 def advance(operator: Operator, search: Search, n_steps: int) -> Search:
-    """`n_steps` steps, and more, up to 8, while one still raises the estimate of σ by over .1%."""
+    """`n_steps` steps, and more, up to 16, while one still raises the estimate of σ by over .005%."""
     going = lambda carry: (carry[1] < n_steps) | ((carry[2] > _SETTLED) & (carry[1] < _MOST_STEPS))
 
     def move(carry):
@@ -143,7 +148,7 @@ def sigma(operator: Operator, v: Array) -> Array:
     Its gradient is that of uᵀAv with u = Av/‖Av‖ and v held fixed: the gradient of the singular value, once v is its
     singular vector. Where Av = 0 it is 0.
     """
-    y = operator.matvec(v)
+    y = jnp.squeeze(operator.times(jnp.expand_dims(v, operator.n_batch)), operator.n_batch)
     axis = tuple(range(operator.n_batch, y.ndim))
     fixed = jax.lax.stop_gradient(y)
     return jnp.sum(safe_divide(fixed, safe_norm(fixed, axis, keepdims=True)) * y, axis)
@@ -155,24 +160,46 @@ def error_bound(operator: Operator, v: Array) -> Array:
     ‖Aᵀu − σ̂v‖/√2, u = Av/σ̂: the residual of (u, v)/√2 as an eigenvector of the symmetric [[0, A], [Aᵀ, 0]], whose
     eigenvalues are plus and minus the singular values. That singular value is the nearest, not always the largest.
     """
-    axis = operator.n_batch
-    inner = lambda x: tuple(range(axis, x.ndim))
-    y = jnp.expand_dims(operator.matvec(v), axis)
-    size = safe_norm(y, inner(y), keepdims=True)
-    image = jnp.squeeze(operator.transpose_times(safe_divide(y, size)), axis)
-    residual = image - size.reshape(*v.shape[:axis], *(1,) * (v.ndim - axis)) * v
-    return safe_norm(residual, inner(residual)) / math.sqrt(2)
+    v = jnp.expand_dims(v, operator.n_batch)
+    image = operator.times(v)
+    length = lambda xs: safe_norm(xs, tuple(range(operator.n_batch, xs.ndim)))
+    size = length(image)
+    per_map = lambda like: size.reshape(*size.shape, *(1,) * (like.ndim - size.ndim))
+    residual = operator.transpose_times(safe_divide(image, per_map(image))) - per_map(v) * v
+    return length(residual) / math.sqrt(2)
+
+
+# The search in the state of a transform. `read(w, spec)` is the map that the transform sees in a weight.
+
+
+def search_in(state: State, operator: Operator) -> Search:
+    """The part of a state that the search moves, or an error unless it belongs to such a map."""
+    shapes = operator.search_shapes()
+    check_state(state, **shapes)
+    return {n: state[n] for n in shapes}
+
+
+@functools.partial(jax.jit, static_argnames=("read", "spec"))
+def started(w: Array, key: Array, read: Callable[[Array, Any], Operator], spec: Any) -> Search:
+    """A search from random vectors, brought close by a few steps."""
+    search = automatic(lambda w: start(read(w, spec), key), w)
+    return moved(w, search, read, spec, _INITIAL_STEPS)
+
+
+@functools.partial(jax.jit, static_argnames=("read", "spec", "n_steps"))
+def moved(w: Array, search: Search, read: Callable[[Array, Any], Operator], spec: Any, n_steps: int) -> Search:
+    """The search moved on by `n_steps` steps, and more while the estimate grows."""
+    return automatic(lambda w, search: advance(read(w, spec), search, n_steps), w, search)
 
 
 # Blocks of vectors, (*batch, n, ...)
 
 
-def _first(operator: Operator, xs: Array) -> Array:
-    return jax.lax.index_in_dim(xs, 0, operator.n_batch, keepdims=False)
-
-
 def _length(operator: Operator, xs: Array) -> Array:
-    return jnp.sqrt(jnp.sum(jnp.square(xs), tuple(range(operator.n_batch + 1, xs.ndim)), keepdims=True))
+    n, inner = operator.n_batch, tuple(range(operator.n_batch + 1, xs.ndim))
+    batch = tuple(range(n + 1))
+    square = jax.lax.dot_general(xs, xs, ((inner, inner), (batch, batch)), precision="highest")
+    return jnp.sqrt(jnp.expand_dims(square, inner))
 
 
 def _unit(operator: Operator, xs: Array) -> Array:
@@ -203,19 +230,15 @@ def _orthonormal(operator: Operator, xs: Array) -> Array:
 def _leading_vectors(gram: Array) -> Array:
     """The leading eigenvectors of a positive matrix, (*batch, n, WIDTH), orthonormal or zero.
 
-    Squared again and again, G becomes a multiple of ccᵀ for the leading c, unless others are as good to 1e-6; then G is
+    Squared again and again, G becomes a multiple of ccᵀ for the leading c, unless others are nearly as good; then G is
     deflated.
     """
-
-    def square(_, p):
-        p = jnp.matmul(p, p, precision="highest")
-        return safe_divide(p, jnp.trace(p, axis1=-2, axis2=-1)[..., None, None])
+    unit_trace = lambda p: safe_divide(p, jnp.einsum("...ii->...", p)[..., None, None])
 
     def find(i, state):
         gram, found = state
-        p = safe_divide(gram, jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None])
-        p = jax.lax.fori_loop(0, 16, square, p)
-        largest = jnp.argmax(jnp.diagonal(p, axis1=-2, axis2=-1), -1)[..., None, None]
+        p = jax.lax.fori_loop(0, 12, lambda _, p: unit_trace(jnp.matmul(p, p, precision="highest")), unit_trace(gram))
+        largest = jnp.argmax(jnp.einsum("...ii->...i", p), -1)[..., None, None]
         c = jnp.take_along_axis(p, largest, -1)
         c -= jnp.matmul(found, jnp.sum(found * c, -2)[..., None], precision="highest")
         c = safe_divide(c, jnp.sqrt(jnp.sum(jnp.square(c), -2, keepdims=True)))
@@ -245,11 +268,11 @@ def _inverse_cholesky(gram: Array) -> Array:
     return jax.lax.fori_loop(0, n, eliminate, (gram, identity))[1]
 
 
-def _probes(operator: Operator) -> Array:
-    """Vectors fixed and in general position, as many as 2·WIDTH: a hash of each entry's place."""
-    shape = (2 * WIDTH, *operator.shape[operator.n_batch :])
+def _probe(operator: Operator) -> Array:
+    """A vector fixed and in general position, of length 1 or so: a hash of each entry's place."""
+    shape = operator.shape[operator.n_batch :]
     word = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape) * jnp.uint32(0x9E3779B1)
     word = (word ^ (word >> 15)) * jnp.uint32(0x85EBCA77)
     word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE3D)
-    xs = (word >> 8).astype(operator.dtype) / 2**23 - 1
-    return xs / jnp.sqrt(jnp.asarray(max(1, xs.size // shape[0]) / 3, operator.dtype))
+    x = (word >> 8).astype(operator.dtype) / 2**23 - 1
+    return x / math.sqrt(max(1, math.prod(shape)) / 3)
