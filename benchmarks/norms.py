@@ -8,10 +8,8 @@ likes them.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import fnmatch
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,9 +20,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from rich.console import Console
 from rich.table import Table
-from run import environment
+from script import environment, parser, terminal, write
 from timing import Effort, Program, compare, function
 
 import jaxweights as jw
@@ -214,18 +211,15 @@ def measure(norm: Norm, shape: tuple[int, ...], effort: Effort) -> dict[str, Any
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the results go")
-    parser.add_argument("--only", default="*", metavar="GLOB", help='what is timed, such as "layer*"')
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
-    options = parser.parse_args(arguments)
+    accepted = parser(__doc__)
+    accepted.add_argument("--only", default="*", metavar="GLOB", help='what is timed, such as "layer*"')
+    options = accepted.parse_args(arguments)
     effort = Effort(2, 0.1) if options.quick else Effort(40, 8)
-    console = Console()
-    console.width = console.width if console.is_terminal else 120
+    console = terminal(120)
 
     small = lambda shape: tuple(min(s, 16) for s in shape) if options.quick else shape
     report: dict[str, Any] = {
-        "environment": environment() | {"torch": torch.__version__},
+        "environment": environment("torch"),
         "quick": options.quick,
         "means": MEANS,
         "errors": {name: errors(norm, small(shape)) for name, (norm, shape) in ACCURACY.items()},
@@ -236,10 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
             with console.status(name):
                 report["results"][name] = measure(norm, small(shape), effort)
     console.print(error_table(report), time_table(report["results"]))
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = f"norms{'-quick' if options.quick else ''}"
-    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, options.out / f"{name}.png")
+    write(report, options.out, "norms", draw)
 
 
 def error_table(report: dict[str, Any]) -> Table:

@@ -6,30 +6,24 @@ machines; times do not.
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
-import importlib.metadata
-import json
-import os
-import platform
-import sys
-from pathlib import Path
 from typing import Any
 
 import chart
 import jax
 from cases import CASES
 from programs import FULL, QUICK
-from rich.console import Console
 from rich.table import Table
+from script import environment, parser, terminal, write
 from timing import Effort
-
-PACKAGES = ("jaxweights", "jax", "jaxlib", "flax", "optax")
 
 
 def main() -> None:
-    options = parse()
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    accepted = parser(__doc__)
+    accepted.add_argument("--only", default="*", metavar="GLOB", help='cases by "group/name", such as "apply/Clip*"')
+    accepted.add_argument("--rounds", type=int, help="most rounds per case")
+    options = accepted.parse_args()
+    console = terminal(140)
     cases = [case for case in CASES if fnmatch.fnmatchcase(f"{case.group}/{case.name}", options.only)]
     if not cases:
         names = "\n  ".join(f"{case.group}/{case.name}" for case in CASES)
@@ -43,29 +37,8 @@ def main() -> None:
         fields = {name: getattr(case, name) for name in ("group", "name", "against", "goal", "unit")}
         report["results"].append(fields | measured)
     console.print(table(report["results"]))
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = f"{jax.default_backend()}{'-quick' if options.quick else ''}"
-    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    chart.draw(report, options.out / f"{name}.png")
-    console.print(f"Written: {options.out / name}.json and .png")
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the results go")
-    parser.add_argument("--only", default="*", metavar="GLOB", help='cases by "group/name", such as "apply/Clip*"')
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
-    parser.add_argument("--rounds", type=int, help="most rounds per case")
-    return parser.parse_args()
-
-
-def environment() -> dict[str, Any]:
-    return {
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+    write(report, options.out, jax.default_backend(), chart.draw)
+    console.print(f"Written to {options.out}")
 
 
 def table(results: list[dict[str, Any]]) -> Table:

@@ -7,9 +7,7 @@ argument and its result.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from rich.console import Console
 from rich.table import Table
-from run import environment
+from script import environment, parser, terminal, write
 from timing import Effort, compare, function, temporary_bytes
 
 import jaxweights as jw
@@ -70,14 +67,10 @@ def measure(size: int, dtype: Any, other: str, effort: Effort) -> dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the results go")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
-    options = parser.parse_args(arguments)
+    options = parser(__doc__).parse_args(arguments)
     sizes = (10_000, 30_000) if options.quick else (1_000_000, 10_000_000, 100_000_000)
     effort = Effort(2, 0.1) if options.quick else Effort(10, 10)
-    console = Console()
-    console.width = console.width if console.is_terminal else 110
+    console = terminal()
 
     report: dict[str, Any] = {"environment": environment(), "quick": options.quick, "results": []}
     for size in sizes:
@@ -86,10 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
                 with console.status(f"{size:,} {jnp.dtype(dtype).name} against {other}"):
                     report["results"].append(measure(size, dtype, other, effort))
     console.print(table(report["results"]))
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = f"selection{'-quick' if options.quick else ''}"
-    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, options.out / f"{name}.png")
+    write(report, options.out, "selection", draw)
 
 
 def table(results: list[dict[str, Any]]) -> Table:

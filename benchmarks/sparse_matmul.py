@@ -6,9 +6,7 @@ weight. A ratio above 1 says that the dense product is faster.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from rich.console import Console
 from rich.table import Table
-from run import environment
+from script import environment, parser, terminal, write
 from timing import Effort, compare, function
 
 import jaxweights as jw
@@ -94,14 +91,10 @@ def measure(form: Format, side: int, rows: int, effort: Effort) -> dict[str, Any
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the results go")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
-    options = parser.parse_args(arguments)
+    options = parser(__doc__).parse_args(arguments)
     sides, rows = ((256,), (1, 4)) if options.quick else ((1024, 2048, 4096), (1, 64))
     effort = Effort(2, 0.1) if options.quick else Effort(20, 2)
-    console = Console()
-    console.width = console.width if console.is_terminal else 120
+    console = terminal(120)
 
     report: dict[str, Any] = {"environment": environment(), "quick": options.quick, "results": []}
     for form in FORMATS:
@@ -110,10 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
                 with console.status(f"{form.name}, {n} x {side}² "):
                     report["results"].append(measure(form, side, n, effort))
     console.print(table(report["results"]))
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = f"sparse_matmul{'-quick' if options.quick else ''}"
-    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, options.out / f"{name}.png")
+    write(report, options.out, "sparse_matmul", draw)
 
 
 def table(results: list[dict[str, Any]]) -> Table:

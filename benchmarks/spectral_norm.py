@@ -7,9 +7,7 @@ Stack: the 48 kernels of a transformer of 12 layers, `linen.Transformed` against
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from rich.console import Console
 from rich.table import Table
-from run import environment
+from script import environment, parser, terminal, write
 from timing import Effort, Program, compare, compilation, function
 
 import jaxweights as jw
@@ -226,14 +223,10 @@ def stack(layers: int, features: int, effort: Effort) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the results go")
-    parser.add_argument("--quick", action="store_true", help="few matrices, steps and layers: does it run?")
-    options = parser.parse_args(arguments)
+    options = parser(__doc__).parse_args(arguments)
     effort = Effort(2, 0.1) if options.quick else Effort(20, 20)
-    console = Console()
-    console.width = console.width if console.is_terminal else 110
-    report: dict[str, Any] = {"environment": environment() | {"torch": torch.__version__}, "quick": options.quick}
+    console = terminal()
+    report: dict[str, Any] = {"environment": environment("torch"), "quick": options.quick}
     with console.status("σ after each update"):
         report["errors"] = errors(1 if options.quick else 8)
     with console.status("time of an update"):
@@ -246,10 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
         report["stack"] = stack(*((2, 32) if options.quick else (12, 256)), effort)
     for each in tables(report):
         console.print(each)
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = f"spectral_norm{'-quick' if options.quick else ''}"
-    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, options.out / f"{name}.png")
+    write(report, options.out, "spectral_norm", draw)
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
