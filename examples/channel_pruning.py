@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich import box
-from rich.console import Console
 from rich.table import Table
+from terminal import terminal
 
 import jaxweights as jw
 
@@ -162,8 +162,7 @@ def main(arguments: list[str] | None = None) -> Result:
 
 
 def show(r: Result, data: str) -> None:
-    console = Console()
-    console.width = console.width if console.is_terminal else 100
+    console = terminal(100)
     units = Table(title="groups of units, found in the model", box=box.SIMPLE_HEAD, title_justify="left")
     for heading in ("made by", "read by", "units", "kept"):
         units.add_column(heading, justify="left" if heading.endswith("by") else "right")

@@ -9,9 +9,9 @@ import matplotlib
 import numpy as np
 from PIL import Image
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from terminal import terminal
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -69,10 +69,7 @@ def table(title: str, results: dict[str, Result], floor: float, accuracy: float)
         f"distance to the training images in the hidden layer of a classifier ({100 * accuracy:.1f}% right): smaller "
         "is better."
     )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 110
-    console.print(view)
+    terminal().print(view)
 
 
 def picture(path: str, title: str, real: np.ndarray, results: dict[str, Result]) -> None:

@@ -10,7 +10,6 @@ import argparse
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,9 @@ import minilm_model
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich import box
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from terminal import terminal
 
 import jaxweights as jw
 
@@ -37,7 +36,6 @@ METHODS = {  # color, and the width of a line that may lie under the next
     "SparseGPT + repair": ("#c8501e", 2),
 }
 EXAMPLES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
-WIDTH = 100
 
 
 def prune(w: jax.Array, stats: jw.InputStats, sparsity, method: str) -> jax.Array:
@@ -65,7 +63,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--calibration", type=int, default=128, help="sentences of each length to calibrate on")
     parser.add_argument("--held-out", type=int, default=100, help="sentences of each length to compare on")
     parser.add_argument("--quick", action="store_true", help="few sentences, at 2:4 only, without repair")
-    parser.add_argument("--out", default=str(Path(__file__).with_suffix(".png")), help="where the picture goes")
+    parser.add_argument("--out", default="minilm.png", help="where the picture goes")
     options = parser.parse_args(arguments)
     if lacking := minilm_model.missing():
         sys.exit("this example needs packages that are not installed:\n  " + "\n  ".join(lacking))
@@ -128,10 +126,7 @@ def table(cosines: dict[str, dict[str, float]], seconds: dict[str, list[float]],
 
 
 def print_table(view: Table) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
-    console.print(view)
+    terminal(100).print(view)
 
 
 def picture(path: str, cosines: dict[str, dict[str, float]]) -> None:

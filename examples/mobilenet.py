@@ -20,9 +20,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from mobilenet_v2 import MEAN, STD, MobileNetV2, pretrained, torch_names
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_sample_image
+from terminal import terminal
 
 import jaxweights as jw
 
@@ -122,9 +122,7 @@ def channels_by_variance(variables: Any, folded: Any, images: jax.Array) -> dict
 
 
 def show(outcome: Outcome, n_crops: int) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 110
+    console = terminal()
     look = {"title_justify": "left", "caption_justify": "left", "box": box.SIMPLE_HEAD}
 
     view = Table(title="What the network sees in the middle of each photo", **look)

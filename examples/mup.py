@@ -20,9 +20,9 @@ import matplotlib
 import numpy as np
 import optax
 from rich import box
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from terminal import terminal
 
 import jaxweights as jw
 
@@ -101,10 +101,7 @@ def table(widths: Sequence[int], measured: dict[str, np.ndarray]) -> None:
             cells = [f"{size:.3g}" for size in sizes[:, -1, i]]
             last = layer == LAYERS[-1]
             view.add_row(WAYS[way] if i == 0 else "", layer, *cells, f"[bold cyan]{slope:+.2f}[/]", end_section=last)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 110
-    console.print(view)
+    terminal().print(view)
 
 
 def picture(path: str, widths: Sequence[int], measured: dict[str, np.ndarray]) -> None:

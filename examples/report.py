@@ -8,16 +8,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from terminal import terminal
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLOR = "#1f5fa8"
-WIDTH = 110
-"""Of the table where the output is no terminal."""
 KERNEL = "conv2/kernel"
 """The kernel whose weights the picture shows."""
 
@@ -87,10 +85,7 @@ def table(title: str, results: dict[str, Result], steps_per_round: int) -> None:
         "kernel with most. kB: all that evaluation needs, in float32, or kernels as jw.quantize stores them (codes "
         f"and scales; accuracy from those: {stored}). Zeros and shared values are not packed."
     )
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
-    console.print(view)
+    terminal().print(view)
 
 
 def picture(path: str, results: dict[str, Result], steps_per_round: int) -> None:

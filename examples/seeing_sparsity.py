@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import matplotlib
 import optax
 from image_data import batches, digits
-from rich.console import Console
+from terminal import terminal
 
 import jaxweights as jw
 
@@ -84,7 +84,7 @@ def picture(summary: jw.Summary, stored: dict[str, Any], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> tuple[jw.Summary, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"), help="where the picture goes")
+    parser.add_argument("--out", type=Path, default=Path("seeing_sparsity.png"), help="where the picture goes")
     parser.add_argument("--steps", type=int, default=200, help="of training before and after pruning")
     options = parser.parse_args(arguments)
 
@@ -100,8 +100,7 @@ def main(arguments: list[str] | None = None) -> tuple[jw.Summary, dict[str, floa
     store = {"dense0": jw.pack, "dense1": jw.pack_blocks, "dense2": jw.to_bcoo}
     stored = {n: p | ({"kernel": store[n](p["kernel"], kept[n])} if n in store else {}) for n, p in sparse.items()}
 
-    console = Console()
-    console.width = console.width if console.is_terminal else 110
+    console = terminal()
     summary = jw.summarize(stored)
     console.print(summary)
     accuracies = {"dense": accuracy(dense), "sparse": accuracy(sparse), "stored": accuracy(stored)}

@@ -32,6 +32,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from small_cnn import linen_model
+from terminal import terminal
 
 import jaxweights as jw
 
@@ -126,7 +127,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Result]:
 
     data = image_data.load(options.data)
     go = partial(run, data=data, rate=options.rate, seeds=options.seeds, steps=options.steps)
-    console = Console()
+    console = terminal(100)
     with console.status("training") as status:
         results = {"dense": go(None, sparsities=[0.0])}
         for name, method in METHODS.items():
@@ -138,7 +139,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Result]:
 
 
 def show(console: Console, results: dict[str, Result], options: argparse.Namespace) -> None:
-    console.width = console.width if console.is_terminal else 100
     last = jax.tree.map(lambda a: a[-1, 0], results["RigL"].params)
     console.print(f"A network trained by RigL at {options.sparsity[-1]:.0%} zeros:")
     console.print(jw.summarize(last, KERNELS))
