@@ -18,7 +18,7 @@ Stats = tuple[jax.Array, jax.Array, jax.Array]
 def moments(
     x: jax.Array, axis: Sequence[int], *, where: jax.Array | None = None, axis_name=None, centered: bool = True
 ) -> Stats:
-    """Mean, biased variance and count over `axis`, in float32 or wider, in two passes.
+    """Mean, biased variance and count over `axis`, in float32 or wider, in two passes; three with a mask.
 
     μ = Σx/n, σ² = Σ(x − μ)²/n over the entries where `where` is true; μ = 0 unless `centered`. Reduced axes are kept
     with size 1. With `axis_name` the sums are over all devices, as of one big batch. With no entries at all the count
@@ -29,7 +29,10 @@ def moments(
         x = jnp.where(where, x, 0)
     count = count_entries(x, axis, where, axis_name)
     average = lambda y: average_entries(y, axis, where, axis_name, count)
-    mean = average(x) if centered else None
+    mean = average_entries(x, axis, None, axis_name, count) if centered else None
+    if mean is not None and where is not None:
+        # A masked sum is less exact: add the mean of what is left. Exactly, that is 0, and so is its derivative.
+        mean = mean + jax.lax.stop_gradient(average(x - computed(mean)))
     # XLA for CPUs subtracts within the loop of the sum only so; else it first writes x − μ, or μ broadcast, to memory.
     var = average(jnp.square(x if mean is None else computed(mean) - x))
     return jnp.zeros_like(var) if mean is None else mean, var, jnp.full_like(var, count)

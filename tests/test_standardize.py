@@ -104,7 +104,7 @@ def test_jacobians_of_many_directions(name):
 @every_norm
 @pytest.mark.parametrize("where", [None, True], ids=["whole", "masked"])
 def test_a_distant_mean_costs_no_more_than_its_own_rounding(name, where):
-    """In float32 the mean is known to 2^-24 of its size, so two passes are off by at least 6e-4 at a mean of 1e4."""
+    """In float32 the mean is known to 2^-24 of its size: 6e-4 at a mean of 1e4. A mask adds a pass."""
     shape, axis = (8, 64, 32), NORMS[name][2]
     x = np.float32(normal(*shape) + 1e4)
     where = None if where is None else np.random.default_rng(9).random(shape) < 0.9
@@ -114,7 +114,7 @@ def test_a_distant_mean_costs_no_more_than_its_own_rounding(name, where):
     exact = exact - (0 if name == "rms" else average(exact))
     exact = (exact / np.sqrt(average(exact**2) + 1e-5)).reshape(shape)
     found = jax.jit(ours(name, where, eps=1e-5))(x, jnp.ones(32), jnp.zeros(32))
-    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-3 if where is None else 3e-3)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-3 if where is None else 1e-3)
 
 
 # What a gradient stores
