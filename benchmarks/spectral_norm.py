@@ -33,6 +33,7 @@ except ImportError:
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 COLORS = {"jaxweights": "#1f5fa8", "Flax": "#d1495b", "torch": "#7a8ca3"}
 SHAPE = (512, 256)
@@ -291,6 +292,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     by_update.axhline(0.05, color="0.6", lw=1, ls=":")
     by_update.set(yscale="log", xlabel="updates of one step", ylabel="mean error of σ, %", title="512 × 256 Gaussians")
     by_time.set(yscale="log", xscale="log", xlabel="milliseconds", title="the same by time")
+    by_time.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    by_time.xaxis.set_major_formatter("{x:g}")
+    by_time.xaxis.set_minor_formatter(NullFormatter())
     by_update.legend(frameon=False)
     for name, sigmas in report["tracking"].items():
         tracked.plot(np.arange(1, len(sigmas) + 1), sigmas, color=COLORS[name], lw=2, label=name)
