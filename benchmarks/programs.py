@@ -77,20 +77,22 @@ def adam(*between: optax.GradientTransformation, after: tuple[optax.GradientTran
 
 
 def adam_step(
-    tx: optax.GradientTransformation, size: Size, dtype=jnp.float32, finish: Callable | None = None
+    tx: optax.GradientTransformation,
+    size: Size,
+    dtype=jnp.float32,
+    init: Callable = lambda params: (),
+    finish: Callable = lambda params, extra: params,
 ) -> Program:
-    """One update of the whole tree; `finish(params, extra)` comes after it."""
+    """One update of the whole tree; `finish(params, init(params))` comes after it."""
     params = weights(size, dtype)
     grads = jax.tree.map(lambda w: 0.1 * w, params)
-    extra = jw.on_tree(BOTH).init(params, KEY) if finish else ()
 
     def update(carry, grads):
         params, state, extra = carry
         updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        return finish(params, extra) if finish else params, state, extra
+        return finish(optax.apply_updates(params, updates), extra), state, extra
 
-    return step(update, (params, tx.init(params), extra), grads)
+    return step(update, (params, tx.init(params), init(params)), grads)
 
 
 def projected(transform: jw.Transform, size: Size, dtype=jnp.float32) -> Program:
@@ -102,19 +104,22 @@ def projected_against_adam(transform: jw.Transform, size: Size, dtype=jnp.float3
 
 
 def applied_against_adam(size: Size) -> Pair:
-    ours = adam(jw.add_weight_decay(0.01))
-    return adam_step(ours, size, finish=jw.on_tree(BOTH).apply), adam_step(adam(), size)
+    ours, lifted = adam(jw.add_weight_decay(0.01)), jw.on_tree(BOTH)
+    init = lambda params: lifted.init(params, KEY)
+    return adam_step(ours, size, init=init, finish=lifted.apply), adam_step(adam(), size)
 
 
 def projected_against_optax(size: Size) -> Pair:
     """Optax has decay and boxes; the mask is multiplied by hand."""
 
-    def finish(params, extra):
+    def finish(params, masks):
         low, high = (jax.tree.map(lambda _, bound=bound: bound, params) for bound in (-0.1, 0.1))
         boxed = optax.projections.projection_box(params, low, high)
-        return {path: w * extra.fixed[path]["1.mask"] for path, w in boxed.items()}
+        return jax.tree.map(jnp.multiply, boxed, masks)
 
-    return projected(BOTH, size), adam_step(adam(optax.add_decayed_weights(0.01)), size, finish=finish)
+    masks = lambda params: jax.tree.map(lambda w: jw.magnitude_mask(w, 0.5), params)
+    theirs = adam_step(adam(optax.add_decayed_weights(0.01)), size, init=masks, finish=finish)
+    return projected(BOTH, size), theirs
 
 
 # Forward and backward through a dense layer, ours against Flax's wrapper or norm.

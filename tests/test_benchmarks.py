@@ -14,7 +14,9 @@ def run(*options):
     return subprocess.run([sys.executable, RUN, "--quick", *options], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("only", ["apply/ClipWeights", "temporary memory/SpectralNorm*"])
+@pytest.mark.parametrize(
+    "only", ["apply/ClipWeights", "Adam step/decay, project: clip, mask", "temporary memory/SpectralNorm*"]
+)
 def test_a_quick_run_writes_ratios_and_a_chart(tmp_path, only):
     done = run("--only", only, "--rounds", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
