@@ -154,7 +154,7 @@ def test_nan_stays_in_its_matrix():
 
 
 def steps(w, key, n):
-    """σ̂ after each of n steps of the search from random vectors: exactly one pass with W and one with Wᵀ a step."""
+    """σ̂ after each of n steps of the search from random vectors: four products with W and one with Wᵀ."""
     operator = iteration.Operator(lambda xs: jnp.matmul(xs, w.T, precision="highest"), w.shape[1:])
     move = lambda search, _: (lambda new: (new, iteration.sigma(operator, new["v"])))(
         iteration.step(operator, search)[0]

@@ -89,7 +89,7 @@ def start(operator: Operator, key: Array) -> Search:
 
 
 def step(operator: Operator, search: Search) -> tuple[Search, Array]:
-    """Moves a search on, by one pass over the weights with A and one with Aᵀ.
+    """Moves a search on, by four products with A and one with Aᵀ.
 
     LOBPCG for the leading singular pair, that keeps the second: in the span of the basis, Rayleigh and Ritz find the
     best two vectors X from their images; the next basis spans X, AᵀAx for the leading x, and the direction p in which x

@@ -23,10 +23,10 @@ from jaxweights.transform import Scalar, State, Transform
 class SpectralNorm(Transform):
     """Spectral normalization: w' = w·c/σ̂, where each update improves the estimate σ̂ = ‖Wv‖ <= σ.
 
-    An update takes `n_steps` steps of a search for the leading singular vector v, each of one pass over the weight with
-    W and one with Wᵀ. It takes more, up to 16, while a step still raises σ̂ by over .005%, as it does where a large step
-    of the optimizer has brought a new direction to the fore. The gradient flows through σ̂ with v held fixed, which is
-    the gradient of σ once v is its singular vector. A zero weight stays zero, and the search goes on when the weight
+    An update takes `n_steps` steps of a search for the leading singular vector v, each of four products of W with a
+    vector and one of Wᵀ. It takes more, up to 16, while a step still raises σ̂ by over .005%, as it does where a large
+    step of the optimizer has brought a new direction to the fore. The gradient flows through σ̂ with v held fixed, which
+    is the gradient of σ once v is its singular vector. A zero weight stays zero, and the search goes on when the weight
     becomes non-zero. `spectral_estimate` tells σ̂ and how good it is.
 
     The target c may be a schedule. If `soft`, a weight is divided only where σ̂ > c, and kept bit for bit elsewhere.
