@@ -150,10 +150,8 @@ def sigma(operator: Operator, v: Array) -> Array:
     """
     y = jnp.squeeze(operator.times(jnp.expand_dims(v, operator.n_batch)), operator.n_batch)
     axis = tuple(range(operator.n_batch, y.ndim))
-    u = jax.lax.stop_gradient(y)
-    u = safe_divide(u, jnp.max(jnp.abs(u), axis, keepdims=True, initial=0))  # neither overflows nor underflows
-    u = safe_divide(u, jnp.sqrt(jnp.sum(jnp.square(u), axis, keepdims=True)))
-    return jnp.sum(u * y, axis)
+    fixed = jax.lax.stop_gradient(y)
+    return jnp.sum(safe_divide(fixed, safe_norm(fixed, axis, keepdims=True)) * y, axis)
 
 
 def error_bound(operator: Operator, v: Array) -> Array:
