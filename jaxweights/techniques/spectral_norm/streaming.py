@@ -129,7 +129,6 @@ def _operator(w: jax.Array, axes: Axes | None) -> Operator:
     large, small = sorted((r.contracted, r.output), key=size, reverse=True)
     names = string.ascii_letters[: view.ndim]
     batch, x, y = ("".join(names[a] for a in which) for which in (r.batch, small, large))
-
     spec = f"{names},{batch}{x}->{batch}{y}"
 
     def times(xs):
