@@ -79,8 +79,9 @@ TRANSFORMS = [
     Case("spectral_norm conv", lambda: jw.SpectralNorm(), shape=CONV, idempotent=False),
     Case("spectral_norm stack", lambda: jw.SpectralNorm(1, stack_axes), shape=STACK, idempotent=False),
     Case("spectral_norm depthwise", lambda: jw.SpectralNorm(1, depthwise), shape=(3, 3, 1, 256), idempotent=False),
+    Case("conv_spectral_norm", lambda: jw.ConvSpectralNorm((5, 6, 16), strides=2), shape=CONV, idempotent=False),
     Case(
-        "conv_spectral_norm",
+        "conv_spectral_norm soft",
         lambda: jw.ConvSpectralNorm((5, 6, 16), strides=2, target=halving, soft=True),
         shape=CONV,
         idempotent=False,

@@ -114,8 +114,10 @@ def test_a_distant_mean_costs_no_more_than_its_own_rounding(name, where):
     exact = exact - (0 if name == "rms" else average(exact))
     exact = (exact / np.sqrt(average(exact**2) + 1e-5)).reshape(shape)
     found = jax.jit(ours(name, where, eps=1e-5))(x, jnp.ones(32), jnp.zeros(32))
-    exact_sums = where is not None or jax.__version_info__ >= (0, 10)  # those of jax 0.7 on CPUs are less so
-    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-3 if exact_sums else 4e-3)
+    if where is None and jax.__version_info__ < (0, 10) and np.abs(found - exact).max() > 2e-3:
+        np.testing.assert_allclose(found, exact, rtol=0, atol=4e-3)
+        pytest.skip("off by over 2e-3: the sums of this jax are less exact on CPUs")
+    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-3)
 
 
 # What a gradient stores

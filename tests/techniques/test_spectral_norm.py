@@ -163,12 +163,12 @@ def steps(w, key, n):
 
 
 def test_twenty_single_steps_find_sigma_of_gaussians():
-    """Power iteration is 1.4% off. The goal is .05%; a start that lies badly costs some tenths of a percent."""
+    """The goal is a mean error of .05%; power iteration is 1.4% off. One start in ten lies badly: it is off by more."""
     w = normal(24, 512, 256)
     keys = jax.random.split(jax.random.key(0), len(w))
     found = jax.jit(jax.vmap(lambda w, key: steps(w, key, 20)))(jnp.float32(w), keys)
     errors = 1 - np.asarray(found) / np.sqrt(np.linalg.eigvalsh(w.mT @ w)[:, -1:])
-    assert errors.mean(0)[-1] < 5e-4
+    assert errors.mean(0)[-1] < 5e-4 and np.median(errors, 0)[-1] < 1e-4
     assert np.diff(errors, axis=-1).max() < 1e-5  # from below, and better with every step
 
 
