@@ -55,15 +55,22 @@ def errors(seeds: int) -> dict[str, list[float]]:
     return {name: e.mean(0).tolist() for name, e in out.items()}
 
 
+def operator(w: jax.Array) -> iteration.Operator:
+    return iteration.Operator(lambda xs: xs @ w.T, w.shape[1:])
+
+
+@jax.jit
+def one_step(w: jax.Array, search: iteration.Search) -> tuple[iteration.Search, jax.Array]:
+    search = iteration.step(operator(w), search)[0]
+    return search, iteration.sigma(operator(w), search["v"])
+
+
 def ours(w: np.ndarray, seed: int) -> list[float]:
     """Exactly one step an update, and none before."""
-    operator = iteration.Operator(lambda xs: xs @ jnp.asarray(w).T, w.shape[1:])
-    step = jax.jit(lambda search: iteration.step(operator, search)[0])
-    estimate = jax.jit(lambda search: iteration.sigma(operator, search["v"]))
-    search, found = iteration.start(operator, jax.random.key(seed)), []
+    search, found = iteration.start(operator(jnp.asarray(w)), jax.random.key(seed)), []
     for _ in range(N_UPDATES):
-        search = step(search)
-        found.append(float(estimate(search)))
+        search, sigma = one_step(w, search)
+        found.append(float(sigma))
     return found
 
 
@@ -229,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = terminal()
     report: dict[str, Any] = {"environment": environment("torch"), "quick": options.quick}
     with console.status("σ after each update"):
-        report["errors"] = errors(1 if options.quick else 8)
+        report["errors"] = errors(1 if options.quick else 64)
     with console.status("time of an update"):
         of = programs()
         timed = {other: compare(of["jaxweights"], of[other], effort) for other in ("Flax", "torch")}
