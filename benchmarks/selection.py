@@ -118,7 +118,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             for r in those if other == "argsort" else []:
                 panel.annotate(
                     f"{1 / r['speedup']['median']:.0f}×", (r["size"], r["theirs_s"]), (0, 6), fontsize=9,
-                    textcoords="offset points", ha="right", color=color,
+                    textcoords="offset points", ha="center", color=color,
                 )  # fmt: skip
         panel.set(xscale="log", yscale="log", xlabel="weights", title=dtype)
         panel.spines[["top", "right"]].set_visible(False)
