@@ -30,8 +30,8 @@ def visit_contractions(
     """f(params, *args) with a visit to every product of a weight and what depends on `args`.
 
     Pure: it may be jitted, and differentiated where `visit` may. A weight that is cast, masked, scaled, quantized or
-    transposed on the way is still that weight. Out of reach are weights that are reshaped or sliced before they are
-    used, and those in a `while_loop`.
+    transposed on the way is still that weight, and so is one whose window is flipped. Out of reach are weights that are
+    reshaped or sliced before they are used, and those in a `while_loop`.
 
     Args:
       f: a function of a tree of weights and of arguments.
@@ -235,6 +235,8 @@ def _follow(eqn: core.JaxprEqn, weight: Weight, w: jax.Array, outs: list) -> Wei
     name = eqn.primitive.name
     if name == "transpose":
         return dataclasses.replace(weight, axes=tuple(weight.axes[a] for a in eqn.params["permutation"]))
+    if name == "rev":
+        return weight.flip(eqn.params["dimensions"])
     return weight if name in _ELEMENTWISE and w.shape == jnp.shape(outs[0]) else None
 
 

@@ -41,20 +41,25 @@ class Contraction:
 class Weight:
     """Marks a selected weight: which of its axes the value has, in order, and the loops of which it is one slice.
 
-    A loop is (depth, axis sliced), the outermost first.
+    A loop is (depth, axis sliced), the outermost first. Along the axes `flipped` it runs backwards.
     """
 
     path: str
     axes: tuple[int, ...]
     loops: tuple[tuple[int, int], ...] = ()
+    flipped: frozenset[int] = frozenset()
 
     def slice(self, depth: int) -> Weight:
         """Of one step of a loop over the first axis."""
-        return Weight(self.path, self.axes[1:], (*self.loops, (depth, self.axes[0])))
+        return dataclasses.replace(self, axes=self.axes[1:], loops=(*self.loops, (depth, self.axes[0])))
 
     def stack(self) -> Weight:
         """Of all steps of the innermost loop."""
-        return Weight(self.path, (self.loops[-1][1], *self.axes), self.loops[:-1])
+        return dataclasses.replace(self, axes=(self.loops[-1][1], *self.axes), loops=self.loops[:-1])
+
+    def flip(self, which: Sequence[int]) -> Weight:
+        """Turned round along these axes of the value."""
+        return dataclasses.replace(self, flipped=self.flipped ^ {self.axes[a] for a in which})
 
     def sort(self, which: Sequence[int]) -> tuple[int, ...]:
         """These axes of the value, in the order that they have in the weight."""
@@ -69,7 +74,7 @@ class Weight:
 
 def _dot_general(eqn: core.JaxprEqn, weight: Weight, side: int, ins: list, y: jax.Array) -> Contraction | None:
     contracted, batch = eqn.params["dimension_numbers"]
-    if not contracted[0]:
+    if not contracted[0] or weight.flipped:
         return None
     w, x = ins[side], ins[1 - side]
     of_x = dict(zip(contracted[side] + batch[side], contracted[1 - side] + batch[1 - side], strict=True))
@@ -94,10 +99,10 @@ def _dot_general(eqn: core.JaxprEqn, weight: Weight, side: int, ins: list, y: ja
 
 def _convolution(eqn: core.JaxprEqn, weight: Weight, side: int, ins: list, y: jax.Array) -> Contraction | None:
     p = eqn.params
-    if side == 0 or p["batch_group_count"] > 1:
+    of_x, of_w, of_y = p["dimension_numbers"]
+    if side == 0 or p["batch_group_count"] > 1 or weight.flipped - {weight.axes[a] for a in of_w[2:]}:
         return None
     x, w = ins
-    of_x, of_w, of_y = p["dimension_numbers"]
     n_groups = p["feature_group_count"]
     groups = (n_groups,) if n_groups > 1 else ()
     window = tuple(w.shape[a] for a in of_w[2:])
@@ -116,7 +121,9 @@ def _convolution(eqn: core.JaxprEqn, weight: Weight, side: int, ins: list, y: ja
             stop = [i + n for i, n in zip(start, spans, strict=True)]
             return jax.lax.slice(x, (0,) * len(ones) + (*start,), (*whole, *stop), (*ones, *p["window_strides"]))
 
-        all_places = jnp.stack([under(place) for place in np.ndindex(*window)])
+        flipped = [weight.axes[a] in weight.flipped for a in of_w[2:]]
+        stored = lambda place: [n - 1 - i if f else i for i, n, f in zip(place, window, flipped, strict=True)]
+        all_places = jnp.stack([under(stored(place)) for place in np.ndindex(*window)])
         axis = {a: i for i, a in enumerate(of_w[2:])} | {of_w[1]: len(window) + len(ones) - 1}
         features = tuple(axis[a] for a in weight.sort(of_w[1:]))
         return Samples(

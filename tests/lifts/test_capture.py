@@ -49,6 +49,7 @@ LAYERS = {
     "conv in groups": (nn.Conv(kernel_size=(2, 2), feature_group_count=2, **CONV), (2, 5, 6, 6)),
     "depthwise": (nn.Conv(kernel_size=(2, 2), feature_group_count=6, **CONV), (2, 5, 6, 6)),
     "transposed conv": (nn.ConvTranspose(24, (2, 3), strides=(2, 2), use_bias=False), (2, 4, 5, 3)),
+    "transposed conv, kernel too": (nn.ConvTranspose(24, (2, 3), transpose_kernel=True, use_bias=False), (2, 4, 5, 3)),
 }
 
 
