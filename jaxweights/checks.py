@@ -14,10 +14,9 @@ import numpy as np
 def check_weight(w, name: str = "w") -> jax.Array:
     """`w` as a JAX array, or an error unless it is an array of a real floating dtype."""
     if not isinstance(w, jax.Array | np.ndarray | np.generic | float) or isinstance(w, bool):
-        raise TypeError(
-            f"{name} must be a floating-point array, got {type(w).__name__}: for a tree of weights use "
-            f"jaxweights.on_tree, else convert it with jnp.asarray"
-        )
+        remedy = "for a tree of weights use jaxweights.on_tree, else convert it with jnp.asarray"
+        remedy = f"give its .{name}" if hasattr(w, name) else remedy
+        raise TypeError(f"{name} must be a floating-point array, got {type(w).__name__}: {remedy}")
     dtype = jnp.result_type(w)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real, got {dtype}: transform .real and .imag on their own")

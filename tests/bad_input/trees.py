@@ -56,6 +56,7 @@ import jaxweights as jw
 
 UNITS = jw.UnitGroup(6, (("encoder/kernel", 1), ("encoder/bias", 0)))
 SOME = jnp.arange(6) > 2
+STATS = jw.capture(lambda p, x: x @ p, W, [W.T])[""]
 
 CASES = [
     # Units.
@@ -169,6 +170,8 @@ CASES = [
         V,
         "capture them with second_moment=True",
     ),
+    ("Wanda of statistics", lambda: jw.wanda_mask(W, STATS, 0.5), T, "got InputStats: give its .norm"),
+    ("SparseGPT of statistics", lambda: jw.sparsegpt(W, STATS, 0.5), T, "got InputStats: give its .second_moment"),
     # Optax.
     ("project without params", lambda: step(project, PARAMS, None), V, UPDATE),
     ("project a class", lambda: jw.project(jw.ClipWeights), T, "make an instance, ClipWeights(...)"),
