@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 RUN = Path(__file__).parents[1] / "benchmarks" / "run.py"
@@ -46,25 +47,34 @@ def quick(name, out, *options):
     report = json.loads((out / f"{name}-quick.json").read_text())
     assert {"device", "jax", "jaxweights"} <= set(report["environment"])
     assert (out / f"{name}-quick.png").read_bytes().startswith(b"\x89PNG")
-    return report["results"], done.stdout
+    return report, done.stdout
 
 
 def test_products_with_sparse_weights(tmp_path):
-    results, out = quick("sparse_matmul", tmp_path)
-    for result in results:
+    report, out = quick("sparse_matmul", tmp_path)
+    for result in report["results"]:
         assert result["ratio"]["median"] > 0 and 0 <= result["bytes"] < 1, result
         assert result["format"] in out
 
 
 def test_selection(tmp_path):
-    results, _ = quick("selection", tmp_path)
+    results = quick("selection", tmp_path)[0]["results"]
     assert {(r["dtype"], r["other"]) for r in results} >= {("float32", "argsort"), ("bfloat16", "top_k")}
     assert all(r["same"] and r["temporary"] <= 2 for r in results)
 
 
 def test_norms(tmp_path):
     pytest.importorskip("torch", reason="PyTorch is one of the peers that are measured")
-    results, out = quick("norms", tmp_path, "--only", "layer*256*")
-    ((name, result),) = results.items()
+    report, out = quick("norms", tmp_path, "--only", "layer*256*")
+    ((name, result),) = report["results"].items()
     assert name in out and result["stored"]["jaxweights"] < result["stored"]["Flax"]
     assert all(r["ratio"]["median"] > 0 for r in result["times"].values())
+
+
+def test_spectral_norm(tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is one of the peers that are measured")
+    report, out = quick("spectral_norm", tmp_path)
+    errors = report["errors"]
+    assert all(errors["jaxweights"][-1] < errors[peer][-1] / 4 and peer in out for peer in ("Flax", "torch"))
+    assert np.abs(np.array(report["tracking"]["jaxweights"]) - 1).max() < 0.02
+    assert all(ratio["median"] > 0 for ratio in report["stack"].values())
