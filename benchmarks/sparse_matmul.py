@@ -55,19 +55,19 @@ def two_of_four(w: np.ndarray) -> np.ndarray:
 
 
 FORMATS = [
-    Format("packed 2:4", two_of_four, jw.pack),
+    Format("packed 2:4", two_of_four, jw.sparse.pack),
     *(
         Format(
             f"{size}x{size} blocks, {density:.0%}",
             blocks(density, size),
-            lambda w, s=size: jw.pack_blocks(w, block=(s, s)),
+            lambda w, s=size: jw.sparse.pack_blocks(w, block=(s, s)),
         )
         for size in (32, 128)
         for density in (0.25, 0.1)
     ),
     *(
         Format(f"{name}, {density:.0%}", entries(density), store)
-        for name, store in (("BCOO", jw.to_bcoo), ("CSR", jw.to_csr))
+        for name, store in (("BCOO", jw.sparse.to_bcoo), ("CSR", jw.sparse.to_csr))
         for density in (0.1, 0.01)
     ),
 ]

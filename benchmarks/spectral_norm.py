@@ -23,7 +23,7 @@ from script import environment, parser, terminal, write
 from timing import Effort, Program, compare, compilation, function
 
 import jaxweights as jw
-from jaxweights.techniques.spectral_norm import iteration
+from jaxweights.techniques.spectral import iteration
 
 try:
     import torch

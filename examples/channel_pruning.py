@@ -56,7 +56,7 @@ def model_of(variables: dict[str, Any]) -> ResNet:
     return ResNet(width("stem"), tuple(width(f"expand{i}") for i in range(len(ResNet.blocks))), width("hidden"))
 
 
-def layers(group: jw.UnitGroup, reads: bool) -> str:
+def layers(group: jw.units.UnitGroup, reads: bool) -> str:
     """The layers that read the units of a group, or those that make them."""
     kernels = [s.path.split("/") for s in group.slots if s.reads == reads and s.path.endswith("kernel")]
     return ", ".join(path[-2] for path in kernels)
@@ -138,9 +138,9 @@ def main(arguments: list[str] | None = None) -> Result:
     init = jax.jit(partial(ResNet().init, train=False))
     trained = train(init(jax.random.key(0), images[0]), data, steps, 3e-3)
 
-    groups = jw.unit_groups(logits, trained, images[0])
-    keep = {g: jw.magnitude_mask(jw.unit_norms(trained, g), options.remove) for g in groups}
-    masked, small = jw.mask_units(trained, keep), jw.remove_units(trained, keep)
+    groups = jw.units.unit_groups(logits, trained, images[0])
+    keep = {g: jw.magnitude_mask(jw.units.unit_norms(trained, g), options.remove) for g in groups}
+    masked, small = jw.units.mask_units(trained, keep), jw.units.remove_units(trained, keep)
     models = {"as trained": trained, "masked": masked, "removed": small}
     models["trained on"] = train(small, data, max(steps // 2, 1), 1e-3)
 

@@ -38,7 +38,7 @@ METHODS = {  # color, and the width of a line that may lie under the next
 EXAMPLES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
 
 
-def prune(w: jax.Array, stats: jw.InputStats, sparsity, method: str) -> jax.Array:
+def prune(w: jax.Array, stats: jw.calibration.InputStats, sparsity, method: str) -> jax.Array:
     """One kernel, or a stack of them, pruned."""
     if method == "magnitude":
         return jnp.where(jw.magnitude_mask(w, sparsity, axes=stats.axes), w, 0)
@@ -47,7 +47,7 @@ def prune(w: jax.Array, stats: jw.InputStats, sparsity, method: str) -> jax.Arra
         new = jnp.where(mask, w, 0)
     else:
         new, mask = jw.sparsegpt(w, stats.second_moment, sparsity, axes=stats.axes)
-    return jw.repair(w, mask, stats.second_moment, axes=stats.axes, n_steps=50) if "repair" in method else new
+    return jw.reconstruct(w, mask, stats.second_moment, axes=stats.axes, n_steps=50) if "repair" in method else new
 
 
 @partial(jax.jit, static_argnames=("method", "group"))

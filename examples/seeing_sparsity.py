@@ -39,7 +39,7 @@ def masks(params: dict[str, Any]) -> dict[str, jax.Array]:
     kernel = lambda i: params[f"dense{i}"]["kernel"]
     return {
         "dense0": jw.magnitude_mask(kernel(0), (2, 4)),
-        "dense1": jw.magnitude_mask(kernel(1), 0.8, structure=jw.Blocks(32, 32)),
+        "dense1": jw.magnitude_mask(kernel(1), 0.8, structure=jw.pruning.Blocks(32, 32)),
         "dense2": jw.magnitude_mask(kernel(2), 0.9),
     }
 
@@ -72,17 +72,17 @@ def accuracy(params: dict[str, Any]) -> float:
     )
 
 
-def picture(summary: jw.Summary, stored: dict[str, Any], path: Path) -> None:
+def picture(summary: jw.typing.Summary, stored: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=(1.25, 1, 1))
-    jw.plot_density(summary, panel=panels[0])
+    jw.plots.plot_density(summary, panel=panels[0])
     for panel, name in zip(panels[1:], ("dense1", "dense2"), strict=True):
-        jw.plot_mask(stored[name]["kernel"], panel=panel)
+        jw.plots.plot_mask(stored[name]["kernel"], panel=panel)
         panel.set_title(f"{name}/kernel", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> tuple[jw.Summary, dict[str, float]]:
+def main(arguments: list[str] | None = None) -> tuple[jw.typing.Summary, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("seeing_sparsity.png"), help="where the picture goes")
     parser.add_argument("--steps", type=int, default=200, help="of training before and after pruning")
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> tuple[jw.Summary, dict[str, floa
     dense = train(params, {}, options.steps)
     kept = masks(dense)
     sparse = train(mask(dense, kept), kept, options.steps)
-    store = {"dense0": jw.pack, "dense1": jw.pack_blocks, "dense2": jw.to_bcoo}
+    store = {"dense0": jw.sparse.pack, "dense1": jw.sparse.pack_blocks, "dense2": jw.sparse.to_bcoo}
     stored = {n: p | ({"kernel": store[n](p["kernel"], kept[n])} if n in store else {}) for n, p in sparse.items()}
 
     console = terminal()

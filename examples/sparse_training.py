@@ -45,16 +45,16 @@ COLORS = {"one-shot": "#c0504d", "gradual": "#d9902f", "RigL": "#1f5fa8"}
 
 
 def one_shot(sparsity: jax.Array, steps: int) -> jw.Transform:
-    return jw.Prune(lambda step: sparsity * (step >= steps // 2), distribution=jw.Global())
+    return jw.Prune(lambda step: sparsity * (step >= steps // 2), distribution=jw.pruning.Global())
 
 
 def gradual(sparsity: jax.Array, steps: int) -> jw.Transform:
-    ramp = jw.PolynomialSparsity(1.0, steps // 10, 7 * steps // 10, every=max(steps // 60, 1))
-    return jw.Prune(lambda step: sparsity * ramp(step), distribution=jw.Global())
+    ramp = jw.pruning.PolynomialSparsity(1.0, steps // 10, 7 * steps // 10, every=max(steps // 60, 1))
+    return jw.Prune(lambda step: sparsity * ramp(step), distribution=jw.pruning.Global())
 
 
 def rigl(sparsity: jax.Array, steps: int) -> jw.Transform:
-    start = jw.Prune(sparsity, score=jw.scores.random, distribution=jw.ErdosRenyi())
+    start = jw.Prune(sparsity, score=jw.scores.random, distribution=jw.pruning.ErdosRenyi())
     fraction = optax.cosine_decay_schedule(0.3, 3 * steps // 4)
     return jw.Regrow(start, grow=jw.scores.gradient, fraction=fraction, every=max(steps // 60, 1))
 
@@ -176,9 +176,9 @@ def picture(results: dict[str, Result], options: argparse.Namespace) -> None:
     curves.grid(axis="y", color="0.93")
     curves.set_axisbelow(True)
     network = jax.tree.map(lambda a: a[-1, 0], results["RigL"].params)
-    jw.plot_density(network, KERNELS, panel=layers)
+    jw.plots.plot_density(network, KERNELS, panel=layers)
     layers.set_title(f"RigL, {options.sparsity[-1]:.0%}: what each layer keeps", loc="left", fontsize=11)
-    jw.plot_mask(network["hidden"]["kernel"], panel=mask)
+    jw.plots.plot_mask(network["hidden"]["kernel"], panel=mask)
     mask.set_title("hidden/kernel: the weights it keeps", loc="left", fontsize=11)
     figure.savefig(options.out, dpi=110)
     plt.close(figure)

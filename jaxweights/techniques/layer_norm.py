@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxweights.axes import axis_tuple
-from jaxweights.checks import check_integer, check_mask, check_scalar, check_weight
-from jaxweights.standardize import normalize
+from jaxweights.core.axes import axis_tuple
+from jaxweights.core.checks import check_integer, check_mask, check_scalar, check_weight
+from jaxweights.numerics.standardize import normalize
 
 
 def layer_norm(

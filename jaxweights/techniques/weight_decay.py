@@ -7,9 +7,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_scalar, check_weight
-from jaxweights.numerics import wide
-from jaxweights.transform import Number
+from jaxweights.core.checks import check_scalar, check_weight
+from jaxweights.core.transform import Number
+from jaxweights.numerics.dtypes import accumulation_dtype
 
 PenaltyGrad = Callable[[jax.Array], jax.Array]
 """The gradient of a penalty: weight -> array of its shape."""
@@ -62,7 +62,7 @@ def weight_decay(
     check_penalty(penalty_grad)
     if grad.shape != w.shape:
         raise ValueError(f"grad has shape {grad.shape} and w {w.shape}: pass the gradient of this weight")
-    dtype = max(wide(grad.dtype), wide(w.dtype), key=lambda d: d.itemsize)
+    dtype = max(accumulation_dtype(grad.dtype), accumulation_dtype(w.dtype), key=lambda d: d.itemsize)
     slope = w.astype(dtype)
     if toward is not None:
         toward = check_weight(toward, "toward")

@@ -4,15 +4,20 @@ import numpy as np
 from bad_input.vocabulary import AROUND, FLOAT, INIT, INTEGER, KEY, NUMBER, ONE_ROLE, SCALAR, WRITE_AXES, T, V, integers
 
 import jaxweights as jw
-from jaxweights.transform import Transform
+from jaxweights.core.transform import Transform
 
 CASES = [
     # Axes that do not fit.
     ("axes a tuple", lambda w: jw.weight_normalize(w, axes=(0, 1)), T, WRITE_AXES),
     ("axes 0", lambda w: jw.spectral_norm(w, axes=0), T, WRITE_AXES),
     ("axes the class", lambda w: jw.clip_norm(w, 1.0, axes=jw.Axes), T, WRITE_AXES),
-    ("axes 1", lambda w: jw.orthogonalize(w, axes=1), T, WRITE_AXES),
-    ("axes of the input", lambda w: jw.clip_singular_values(w, 1.0, axes=jw.Axes(2)), V, "use axes from -2 to 1"),
+    ("axes 1", lambda w: jw.projections.orthogonalize(w, axes=1), T, WRITE_AXES),
+    (
+        "axes of the input",
+        lambda w: jw.projections.clip_singular_values(w, 1.0, axes=jw.Axes(2)),
+        V,
+        "use axes from -2 to 1",
+    ),
     ("axes ()", lambda w: jw.FakeQuantize(4, per_unit=True, axes=()).apply(w, {}), T, WRITE_AXES),
     ("input out of range", lambda w: jw.quantize(w, 8, axes=jw.Axes(input=2)), V, "use axes from -2 to 1"),
     ("batch out of range", lambda w: jw.spectral_norm(w, axes=jw.Axes(batch=-3)), V, "use axes from -2 to 1"),
@@ -26,14 +31,19 @@ CASES = [
     ("scale shape", lambda w: jw.weight_normalize(w, w[:, 0]), V, "must have shape (6,), one per output unit"),
     ("norm of the outputs", lambda w: jw.wanda_mask(w, w[0], 0.5), V, "norm must have shape (4,)"),
     ("second moment of the outputs", lambda w: jw.sparsegpt(w, w.T @ w, 0.5), V, "must have shape (4, 4)"),
-    ("second moment of a stack", lambda w: jw.repair(w, w > 0, (w @ w.T)[None]), V, "from what capture returns"),
-    ("mask to repair by floats", lambda w: jw.repair(w, w, w @ w.T), T, "compare w with 0"),
-    ("mask to repair by shape", lambda w: jw.repair(w, w[0] > 0, w @ w.T), V, "mask must have the shape (4, 6) of w"),
+    ("second moment of a stack", lambda w: jw.reconstruct(w, w > 0, (w @ w.T)[None]), V, "from what capture returns"),
+    ("mask to repair by floats", lambda w: jw.reconstruct(w, w, w @ w.T), T, "compare w with 0"),
+    (
+        "mask to repair by shape",
+        lambda w: jw.reconstruct(w, w[0] > 0, w @ w.T),
+        V,
+        "mask must have the shape (4, 6) of w",
+    ),
     ("scale integer", lambda w: jw.weight_normalize(w, integers(w)[0]), T, "scale must be of a floating dtype"),
     ("scale list", lambda w: jw.weight_normalize(w, [1.0]), T, "scale must be a floating-point array"),
     ("gain shape", lambda w: jw.weight_standardize(w, w[:, 0]), V, "gain must have shape (6,), one per output unit"),
     ("gain a number", lambda w: jw.weight_standardize(w, 2.0), V, "gain must have shape (6,), one per output unit"),
-    ("center axes", lambda w: jw.center(w, axes=jw.Axes(2)), V, "use axes from -2 to 1"),
+    ("center axes", lambda w: jw.projections.center(w, axes=jw.Axes(2)), V, "use axes from -2 to 1"),
     ("sigma shape", lambda w: jw.spectral_normalize(w, w[0]), V, "sigma must have shape ()"),
     ("spectral target", lambda w: jw.spectral_normalize(w, target=-1.0), V, "target must be at least 0"),
     ("sigma integer", lambda w: jw.spectral_normalize(w, 2), T, "sigma must be a floating-point array"),
@@ -54,18 +64,18 @@ CASES = [
     ("matmul shapes", lambda w: jw.matmul(w, jw.quantize(w, 8)), V, "x must end in the input axes (4,) of w"),
     ("matmul scalar", lambda w: jw.matmul(w[0, 0], jw.quantize(w, 8)), V, "x must end in the input axes (4,)"),
     ("matmul array", lambda w: jw.matmul(w.T, w), T, "multiply by an array with x @ w"),
-    ("matmul class", lambda w: jw.matmul(w.T, jw.Stored), T, "make one with quantize(w, bits), pack(w) or"),
-    ("matmul integers", lambda w: integers(w) @ jw.pack(w, w < 0), T, FLOAT),
-    ("matmul packed", lambda w: jw.matmul(w, jw.pack(w, w < 0)), V, "x must end in the input axes (4,) of w"),
-    ("matmul csr", lambda w: jw.matmul(w, jw.to_csr(w, nse=24)), V, "x must end in the input axes (4,) of w"),
+    ("matmul class", lambda w: jw.matmul(w.T, jw.typing.Stored), T, "make one with quantize(w, bits), pack(w) or"),
+    ("matmul integers", lambda w: integers(w) @ jw.sparse.pack(w, w < 0), T, FLOAT),
+    ("matmul packed", lambda w: jw.matmul(w, jw.sparse.pack(w, w < 0)), V, "x must end in the input axes (4,) of w"),
+    ("matmul csr", lambda w: jw.matmul(w, jw.sparse.to_csr(w, nse=24)), V, "x must end in the input axes (4,) of w"),
     # Sparse storage.
     *(
         (f"{name} mask {kind}", lambda w, f=f, bad=bad: f(w, bad(w)), error, remedy)
         for name, f in {
-            "pack": jw.pack,
-            "pack_blocks": lambda w, mask: jw.pack_blocks(w, mask, block=(2, 2), n_blocks=6),
-            "to_bcoo": lambda w, mask: jw.to_bcoo(w, mask, nse=24),
-            "to_csr": lambda w, mask: jw.to_csr(w, mask, nse=24),
+            "pack": jw.sparse.pack,
+            "pack_blocks": lambda w, mask: jw.sparse.pack_blocks(w, mask, block=(2, 2), n_blocks=6),
+            "to_bcoo": lambda w, mask: jw.sparse.to_bcoo(w, mask, nse=24),
+            "to_csr": lambda w, mask: jw.sparse.to_csr(w, mask, nse=24),
         }.items()
         for kind, bad, error, remedy in [
             ("floats", lambda w: w, T, "compare it with a number"),
@@ -73,13 +83,18 @@ CASES = [
             ("shape", lambda w: w[0] > 0, V, "one entry per weight"),
         ]
     ),
-    ("pack 2:3", lambda w: jw.pack(w, sparsity=(2, 3)), V, "the 4 inputs of w (4, 6) are no multiple of m=3: pad w"),
-    ("pack scalar", lambda w: jw.pack(w[0, 0]), V, "are no multiple of m=4"),
-    ("pack axes", lambda w: jw.pack(w, axes=0), T, WRITE_AXES),
-    ("pack_blocks of 3", lambda w: jw.pack_blocks(w, block=(3, 3)), V, "must divide the matrix (4, 6)"),
-    ("pack_blocks batch", lambda w: jw.pack_blocks(w[None], axes=jw.Axes(batch=0)), V, "under jax.vmap"),
-    ("to_bcoo batch", lambda w: jw.to_bcoo(w[None], axes=jw.Axes(batch=0)), V, "under jax.vmap, with nse"),
-    ("to_csr groups", lambda w: jw.to_csr(w, axes=jw.axes.depthwise(2)), V, "under jax.vmap, with nse"),
+    (
+        "pack 2:3",
+        lambda w: jw.sparse.pack(w, sparsity=(2, 3)),
+        V,
+        "the 4 inputs of w (4, 6) are no multiple of m=3: pad w",
+    ),
+    ("pack scalar", lambda w: jw.sparse.pack(w[0, 0]), V, "are no multiple of m=4"),
+    ("pack axes", lambda w: jw.sparse.pack(w, axes=0), T, WRITE_AXES),
+    ("pack_blocks of 3", lambda w: jw.sparse.pack_blocks(w, block=(3, 3)), V, "must divide the matrix (4, 6)"),
+    ("pack_blocks batch", lambda w: jw.sparse.pack_blocks(w[None], axes=jw.Axes(batch=0)), V, "under jax.vmap"),
+    ("to_bcoo batch", lambda w: jw.sparse.to_bcoo(w[None], axes=jw.Axes(batch=0)), V, "under jax.vmap, with nse"),
+    ("to_csr groups", lambda w: jw.sparse.to_csr(w, axes=jw.axes.depthwise(2)), V, "under jax.vmap, with nse"),
     ("matmul batch", lambda w: jw.matmul(w, jw.quantize(w, 8, axes=jw.Axes(batch=0, input=()))), V, "jax.vmap"),
     ("dequantize array", lambda w: jw.dequantize(w), T, "make one with quantize(w, bits)"),
     # Norms.

@@ -54,41 +54,71 @@ from bad_input.vocabulary import (
 
 import jaxweights as jw
 
-UNITS = jw.UnitGroup(6, (("encoder/kernel", 1), ("encoder/bias", 0)))
+UNITS = jw.units.UnitGroup(6, (("encoder/kernel", 1), ("encoder/bias", 0)))
 SOME = jnp.arange(6) > 2
 STATS = jw.capture(lambda p, x: x @ p, W, [W.T])[""]
 
 CASES = [
     # Units.
-    ("UnitGroup 0", lambda: jw.UnitGroup(0, (("w", 0),)), V, "size must be at least 1"),
-    ("UnitGroup slots", lambda: jw.UnitGroup(2, ()), V, "a group needs slots"),
-    ("UnitSlot axis", lambda: jw.UnitGroup(2, (jw.UnitSlot("w", 0.0),)), T, "the axis of a slot must be an integer"),
-    ("UnitSlot inner 0", lambda: jw.UnitGroup(2, (jw.UnitSlot("w", 0, 0),)), V, "inner of a slot must be at least 1"),
-    ("unit_groups model", lambda: jw.unit_groups("model", PARAMS), T, "wrap the model in one"),
-    ("unit_norms group", lambda: jw.unit_norms(PARAMS, 6), T, "take one of unit_groups"),
-    ("unit_norms path", lambda: jw.unit_norms(DENSE_NORM, UNITS), V, "which is not in the tree. It has: a/kernel"),
-    ("unit_norms vector", lambda: jw.unit_norms({"b": W[0]}, jw.UnitGroup(6, (("b", 0),))), V, "score it another way"),
-    ("mask_units list", lambda: jw.mask_units(PARAMS, [UNITS]), T, "keep must be a dict {UnitGroup: boolean array}"),
-    ("mask_units key", lambda: jw.mask_units(PARAMS, {"encoder": SOME}), T, "take one of unit_groups"),
-    ("mask_units floats", lambda: jw.mask_units(PARAMS, {UNITS: W[0]}), T, "compare it with a number"),
-    ("mask_units shape", lambda: jw.mask_units(PARAMS, {UNITS: SOME[1:]}), V, "must have shape (6,), one per unit"),
+    ("UnitGroup 0", lambda: jw.units.UnitGroup(0, (("w", 0),)), V, "size must be at least 1"),
+    ("UnitGroup slots", lambda: jw.units.UnitGroup(2, ()), V, "a group needs slots"),
+    (
+        "UnitSlot axis",
+        lambda: jw.units.UnitGroup(2, (jw.units.UnitSlot("w", 0.0),)),
+        T,
+        "the axis of a slot must be an integer",
+    ),
+    (
+        "UnitSlot inner 0",
+        lambda: jw.units.UnitGroup(2, (jw.units.UnitSlot("w", 0, 0),)),
+        V,
+        "inner of a slot must be at least 1",
+    ),
+    ("unit_groups model", lambda: jw.units.unit_groups("model", PARAMS), T, "wrap the model in one"),
+    ("unit_norms group", lambda: jw.units.unit_norms(PARAMS, 6), T, "take one of unit_groups"),
+    (
+        "unit_norms path",
+        lambda: jw.units.unit_norms(DENSE_NORM, UNITS),
+        V,
+        "which is not in the tree. It has: a/kernel",
+    ),
+    (
+        "unit_norms vector",
+        lambda: jw.units.unit_norms({"b": W[0]}, jw.units.UnitGroup(6, (("b", 0),))),
+        V,
+        "score it another way",
+    ),
+    (
+        "mask_units list",
+        lambda: jw.units.mask_units(PARAMS, [UNITS]),
+        T,
+        "keep must be a dict {UnitGroup: boolean array}",
+    ),
+    ("mask_units key", lambda: jw.units.mask_units(PARAMS, {"encoder": SOME}), T, "take one of unit_groups"),
+    ("mask_units floats", lambda: jw.units.mask_units(PARAMS, {UNITS: W[0]}), T, "compare it with a number"),
+    (
+        "mask_units shape",
+        lambda: jw.units.mask_units(PARAMS, {UNITS: SOME[1:]}),
+        V,
+        "must have shape (6,), one per unit",
+    ),
     (
         "mask_units size",
-        lambda: jw.mask_units(tree(W[:, 1:]), {UNITS: SOME}),
+        lambda: jw.units.mask_units(tree(W[:, 1:]), {UNITS: SOME}),
         V,
         "no multiple of 6 units of 1: correct",
     ),
-    ("mask_units axis", lambda: jw.mask_units(tree(W[0]), {UNITS: SOME}), V, "the group names its axis 1"),
-    ("remove_units all", lambda: jw.remove_units(PARAMS, {UNITS: SOME & False}), V, "keep at least one"),
+    ("mask_units axis", lambda: jw.units.mask_units(tree(W[0]), {UNITS: SOME}), V, "the group names its axis 1"),
+    ("remove_units all", lambda: jw.units.remove_units(PARAMS, {UNITS: SOME & False}), V, "keep at least one"),
     (
         "remove_units bias",
-        lambda: jw.remove_units(PARAMS, {jw.UnitGroup(6, UNITS.slots[:1]): SOME}),
+        lambda: jw.units.remove_units(PARAMS, {jw.units.UnitGroup(6, UNITS.slots[:1]): SOME}),
         V,
         "leaves out 'encoder/bias', of as many entries: add its slot",
     ),
     (
         "remove_units under jit",
-        lambda: jax.jit(lambda keep: jw.remove_units(PARAMS, {UNITS: keep}))(SOME),
+        lambda: jax.jit(lambda keep: jw.units.remove_units(PARAMS, {UNITS: keep}))(SOME),
         T,
         "call remove_units outside of jit, or mask_units",
     ),
@@ -96,9 +126,9 @@ CASES = [
     ("summarize nothing", lambda: jw.summarize({"a": None}), V, "The floating-point arrays of this tree are: none"),
     ("summarize where", lambda: jw.summarize(PARAMS, "**/weight"), V, PATHS),
     ("summarize where 0", lambda: jw.summarize(PARAMS, 0), T, WHERE),
-    ("plot_density vectors", lambda: jw.plot_density(BIASES), V, "arrays of this tree are: encoder/bias (6,)"),
-    ("plot_mask integers", lambda: jw.plot_mask(integers(W)), T, "convert it with .astype(jnp.float32)"),
-    ("plot_mask axes", lambda: jw.plot_mask(W, axes=0), T, WRITE_AXES),
+    ("plot_density vectors", lambda: jw.plots.plot_density(BIASES), V, "arrays of this tree are: encoder/bias (6,)"),
+    ("plot_mask integers", lambda: jw.plots.plot_mask(integers(W)), T, "convert it with .astype(jnp.float32)"),
+    ("plot_mask axes", lambda: jw.plots.plot_mask(W, axes=0), T, WRITE_AXES),
     # Trees.
     ("fold no such norm", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"m": "a"}), V, "There are: n"),
     ("fold no such layer", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"n": "b"}), V, "Kernels are at: a"),
@@ -166,7 +196,7 @@ CASES = [
     ("capture two readings", lambda: jw.capture(lambda p, x: x @ p @ p.T, W, [W.T]), V, "read as Axes"),
     (
         "no second moment",
-        lambda: jw.InputStats(W[0, 0], W[0], W[0], None).second_moment,
+        lambda: jw.calibration.InputStats(W[0, 0], W[0], W[0], None).second_moment,
         V,
         "capture them with second_moment=True",
     ),

@@ -1,7 +1,5 @@
 """What the contract tests share: the cases as parameters, weights, closeness, shardings."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +15,6 @@ every_case = pytest.mark.parametrize("case", **ids(CASES))
 
 every_transform = pytest.mark.parametrize("case", **ids(TRANSFORMS))
 
-
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""The same program for XLA, in half the time of compilation: where programs are compared and not what each computes."""
 
 EPS = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2, jnp.float16: 2e-3}
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from cases import KEY
-from contract.table import every_transform, quick_jit, weight
+from contract.table import every_transform, weight
 
 import jaxweights as jw
 
@@ -19,7 +19,7 @@ def test_state_survives_a_checkpoint_and_training_resumes_bit_for_bit(case, tmp_
     tx = optax.chain(optax.adam(0.05), jw.project(t, where="**/kernel"))
     state = {"params": params, "transform": lifted.init(params, KEY), "optimizer": tx.init(params)}
 
-    @quick_jit
+    @jax.jit
     def step(state, i):
         moved = lifted.update(state["params"], state["transform"])
         noise = jax.random.normal(jax.random.fold_in(KEY, i), case.shape)

@@ -10,18 +10,18 @@ import numpy as np
 import optax
 import pytest
 from cases import KEY, TRANSFORMS
-from contract.table import close, every_transform, ids, quick_jit, same_state, weight
+from contract.table import close, every_transform, ids, same_state, weight
 from flax import nnx
 
 import jaxweights as jw
-from jaxweights.lifts.paths import STATE
+from jaxweights.levels.paths import STATE
 
 
 @every_transform
 def test_equal_specs_compile_once(case):
     chex.clear_trace_counter()
 
-    @functools.partial(quick_jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     @chex.assert_max_traces(n=1)
     def run(lifted, params, state):
         return lifted.apply(params, lifted.update(params, state))
@@ -114,14 +114,14 @@ def test_the_levels_train_alike(case):
     model = jw.linen.Transformed(LinenProbe(case.shape), t, where="kernel")
     nnx_probe = nnx_model(t, w, state)
 
-    @quick_jit
+    @jax.jit
     def tree_step(params, learned, fixed):
         moved = lifted.update(params, jw.TreeState(learned, fixed))
         on = lambda p, s: loss(lifted.apply(p, jw.TreeState(s, moved.fixed))["kernel"])
         grads = jax.grad(on, (0, 1))(params, learned)
         return *move((params, learned), grads), moved.fixed
 
-    @quick_jit
+    @jax.jit
     def linen_step(variables):
         def on(p):
             new, moved = model.apply({**variables, "params": p}, mutable=[STATE])

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 from cases import KEY
-from contract.table import close, every_case, quick_jit, same_state, sharding, weight
+from contract.table import close, every_case, same_state, sharding, weight
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxweights as jw
@@ -32,7 +32,7 @@ def test_on_a_mesh_no_weight_is_gathered(case, kind):
     w = weight(case)
     placed = jax.device_put(w, sharding(mesh, case.shape))
     if case.transform is None:
-        compiled = quick_jit(case.call, out_shardings=placed.sharding).lower(placed).compile()
+        compiled = jax.jit(case.call, out_shardings=placed.sharding).lower(placed).compile()
         new, expected = compiled(placed), case.call(w)
     else:
         lifted = jw.on_tree(case.transform(), where="*")
@@ -47,7 +47,7 @@ def test_on_a_mesh_no_weight_is_gathered(case, kind):
         )
         out = jax.tree.map(lambda _: placed.sharding, params)
         arguments = jax.tree.map(place, (params, state))
-        compiled = quick_jit(run, out_shardings=out).lower(*arguments).compile()
+        compiled = jax.jit(run, out_shardings=out).lower(*arguments).compile()
         new, expected = compiled(*arguments), run(params, state)
     jax.tree.map(lambda a, b: close(a, b, 1e-5), new, expected)
     if kind == "Explicit" and case.name in REMADE and jax.__version_info__ < (0, 8):
@@ -65,7 +65,7 @@ def test_weights_that_are_sharded_differently_are_not_gathered_either(kind):
     placed = {n: jax.device_put(w, NamedSharding(mesh, specs[n])) for n, w in params.items()}
     lifted = jw.on_tree(jw.SpectralNorm())
     state = lifted.init(params, KEY)
-    compiled = quick_jit(lifted.update).lower(placed, state).compile()
+    compiled = jax.jit(lifted.update).lower(placed, state).compile()
     on_mesh, off_mesh = (
         lifted.apply(params, s) for s in (jax.device_get(compiled(placed, state)), lifted.update(params, state))
     )

@@ -35,10 +35,10 @@ def test_it_compiles_for_a_tpu(case, tpu):
 
 STORES = {
     "quantize": lambda w: jw.quantize(w, 8),
-    "pack": jw.pack,
-    "pack_blocks": lambda w: jw.pack_blocks(w, n_blocks=3),
-    "to_bcoo": lambda w: jw.to_bcoo(w, nse=99),
-    "to_csr": lambda w: jw.to_csr(w, nse=99),
+    "pack": jw.sparse.pack,
+    "pack_blocks": lambda w: jw.sparse.pack_blocks(w, n_blocks=3),
+    "to_bcoo": lambda w: jw.sparse.to_bcoo(w, nse=99),
+    "to_csr": lambda w: jw.sparse.to_csr(w, nse=99),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 from jax.nn import initializers as peer
 
 import jaxweights as jw
-from jaxweights.axes import Axes
+from jaxweights.core.axes import Axes
 
 init = jw.initializers
 KEY = jax.random.key(11)
@@ -29,8 +29,8 @@ SAME_DRAWS = {
     "xavier_uniform": (jw.xavier_uniform, peer.xavier_uniform()),
     "he_normal": (partial(jw.he_normal, truncated=True), peer.he_normal()),
     "he_uniform": (jw.he_uniform, peer.he_uniform()),
-    "lecun_normal": (partial(jw.lecun_normal, truncated=True), peer.lecun_normal()),
-    "lecun_uniform": (jw.lecun_uniform, peer.lecun_uniform()),
+    "lecun_normal": (partial(jw.initializers.lecun_normal, truncated=True), peer.lecun_normal()),
+    "lecun_uniform": (jw.initializers.lecun_uniform, peer.lecun_uniform()),
     "orthogonal": (partial(init.orthogonal, gain=2.0), peer.orthogonal(2.0)),
     "delta_orthogonal": (init.delta_orthogonal, peer.delta_orthogonal()),
     **{

@@ -13,18 +13,24 @@ K = np.random.default_rng(2).normal(size=(3, 3, 4, 5)).astype(np.float32)
 EPS = 1e-7  # Keras adds it to the norms it divides by
 
 OPTAX = {
-    "box": (lambda p: p.projection_box(V, -0.5, 0.25), lambda: jw.clip_range(V, -0.5, 0.25)),
-    "hypercube": (lambda p: p.projection_hypercube(V, 0.5), lambda: jw.clip_range(V, 0.0, 0.5)),
-    "non_negative": (lambda p: p.projection_non_negative(V), lambda: jw.clip_range(V, 0.0)),
+    "box": (lambda p: p.projection_box(V, -0.5, 0.25), lambda: jw.projections.clip_range(V, -0.5, 0.25)),
+    "hypercube": (lambda p: p.projection_hypercube(V, 0.5), lambda: jw.projections.clip_range(V, 0.0, 0.5)),
+    "non_negative": (lambda p: p.projection_non_negative(V), lambda: jw.projections.clip_range(V, 0.0)),
     "linf_ball": (lambda p: p.projection_linf_ball(V, 0.5), lambda: jw.clip_weights(V, 0.5)),
     "l2_ball": (lambda p: p.projection_l2_ball(V, 0.5), lambda: jw.clip_norm(V, 0.5)),
-    "l2_sphere": (lambda p: p.projection_l2_sphere(V, 9.0), lambda: jw.bound_norm(V, 9.0, 9.0)),
-    "l1_ball": (lambda p: p.projection_l1_ball(V, 0.5), lambda: jw.project_l1_ball(V, 0.5)),
-    "l1_sphere": (lambda p: p.projection_l1_sphere(V, 9.0), lambda: jw.project_l1_sphere(V, 9.0)),
-    "simplex": (lambda p: p.projection_simplex(V, 2.0), lambda: jw.project_simplex(V, 2.0)),
-    "hyperplane": (lambda p: p.projection_hyperplane(V, A, 0.5), lambda: jw.bound_sum(V, 0.5, 0.5, normal=A)),
-    "halfspace": (lambda p: p.projection_halfspace(V, A, -0.5), lambda: jw.bound_sum(V, high=-0.5, normal=A)),
-    "vector": (lambda p: p.projection_vector(V, A), lambda: V - jw.bound_sum(V, 0.0, 0.0, normal=A)),
+    "l2_sphere": (lambda p: p.projection_l2_sphere(V, 9.0), lambda: jw.projections.bound_norm(V, 9.0, 9.0)),
+    "l1_ball": (lambda p: p.projection_l1_ball(V, 0.5), lambda: jw.projections.project_l1_ball(V, 0.5)),
+    "l1_sphere": (lambda p: p.projection_l1_sphere(V, 9.0), lambda: jw.projections.project_l1_sphere(V, 9.0)),
+    "simplex": (lambda p: p.projection_simplex(V, 2.0), lambda: jw.projections.project_simplex(V, 2.0)),
+    "hyperplane": (
+        lambda p: p.projection_hyperplane(V, A, 0.5),
+        lambda: jw.projections.bound_sum(V, 0.5, 0.5, normal=A),
+    ),
+    "halfspace": (
+        lambda p: p.projection_halfspace(V, A, -0.5),
+        lambda: jw.projections.bound_sum(V, high=-0.5, normal=A),
+    ),
+    "vector": (lambda p: p.projection_vector(V, A), lambda: V - jw.projections.bound_sum(V, 0.0, 0.0, normal=A)),
 }
 
 
@@ -53,10 +59,10 @@ def test_keras(axis):
     middle = float(np.median(n))
     for ours, expected in (
         (jw.clip_norm(w, middle), w * np.clip(n, 0, middle) / (EPS + n)),  # MaxNorm
-        (jw.bound_norm(w, 1.0, 1.0), w / (EPS + n)),  # UnitNorm
-        (jw.clip_range(w, 0.0), w * (w >= 0)),  # NonNeg
+        (jw.projections.bound_norm(w, 1.0, 1.0), w / (EPS + n)),  # UnitNorm
+        (jw.projections.clip_range(w, 0.0), w * (w >= 0)),  # NonNeg
         (  # MinMaxNorm
-            jw.bound_norm(w, middle, 2 * middle, rate=0.5),
+            jw.projections.bound_norm(w, middle, 2 * middle, rate=0.5),
             w * (0.5 * np.clip(n, middle, 2 * middle) + 0.5 * n) / (EPS + n),
         ),
     ):

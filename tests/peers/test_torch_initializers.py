@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
-from jaxweights.axes import depthwise
+from jaxweights.core.axes import depthwise
 
 init = jw.initializers
 KEY = jax.random.key(11)

@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.axes import CONV_TRANSPOSE_KERNEL
+from jaxweights.core.axes import CONV_TRANSPOSE_KERNEL
 
 
 def normal(*shape, seed=0):

@@ -10,7 +10,7 @@ import pytest
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.convolution import Convolution
+from jaxweights.core.convolution import Convolution
 
 
 def normal(*shape, seed=0):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, Axes, depthwise
+from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, Axes, depthwise
 
 init = jw.initializers
 KEY = jax.random.key(3)

@@ -10,7 +10,7 @@ import pytest
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, Axes, depthwise
+from jaxweights.core.axes import ATTENTION_IN, Axes, depthwise
 
 init = jw.initializers
 SHAPE = (800, 1250)  # a million draws
@@ -70,7 +70,7 @@ for name, std in {
     "he": math.sqrt(2 / N_IN),
     "lecun": math.sqrt(1 / N_IN),
 }.items():
-    drawn, flat = getattr(jw, f"{name}_normal"), getattr(jw, f"{name}_uniform")
+    drawn, flat = getattr(jw.initializers, f"{name}_normal"), getattr(jw.initializers, f"{name}_uniform")
     DRAWS[f"{name}_normal"] = (drawn, 0.0, std, normal, None)
     DRAWS[f"{name}_normal truncated"] = (functools.partial(drawn, truncated=True), 0.0, std / CUT, cut(-2, 2), 2)
     DRAWS[f"{name}_uniform"] = (flat, 0.0, std, UNIT, math.sqrt(3))
@@ -148,7 +148,7 @@ def test_fans_follow_the_axes(shape, axes, n_in, n_out):
     for initializer, variance in (
         (jw.xavier_normal, 2 / (n_in + n_out)),
         (functools.partial(jw.he_normal, mode="fan_out"), 2 / n_out),
-        (jw.lecun_normal, 1 / n_in),
+        (jw.initializers.lecun_normal, 1 / n_in),
     ):
         np.testing.assert_allclose(initializer(key, shape, axes=axes), unit * math.sqrt(variance), rtol=1e-6)
 
@@ -231,5 +231,5 @@ def test_gain_keeps_the_size_of_activations():
     gain = init.gain(jnp.tanh)
     z = jax.random.normal(jax.random.key(0), (n, n))
     for key in jax.random.split(jax.random.key(1), 5):
-        z = jnp.tanh(z) @ (gain * jw.lecun_normal(key, (n, n)))
+        z = jnp.tanh(z) @ (gain * jw.initializers.lecun_normal(key, (n, n)))
     assert jnp.mean(z**2) == pytest.approx(1, abs=0.05)

@@ -34,13 +34,13 @@ def lowest(scores, zeros):
 def test_scores_of_any_sign(sparsity):
     scores = NORMAL(size=(7, 9)).round(1).astype(np.float32)
     expected = lowest(scores.ravel(), rounded(63 * sparsity)).reshape(7, 9)
-    np.testing.assert_array_equal(jw.keep_largest(scores, sparsity), expected)
-    np.testing.assert_array_equal(jax.jit(jw.keep_largest)(scores, jnp.float32(sparsity)), expected)
+    np.testing.assert_array_equal(jw.pruning.keep_largest(scores, sparsity), expected)
+    np.testing.assert_array_equal(jax.jit(jw.pruning.keep_largest)(scores, jnp.float32(sparsity)), expected)
 
 
 def test_what_lies_outside_goes_first_and_counts():
     scores, within = np.float32([0, -np.inf, 5, 2, 3, 1]), np.array([True, True, False, True, False, True])
-    masks = [jw.keep_largest(scores, zeros / 6, within=within) for zeros in range(7)]
+    masks = [jw.pruning.keep_largest(scores, zeros / 6, within=within) for zeros in range(7)]
     order = [2, 4, 1, 0, 5, 3]  # outside, by index; -inf within ties with them, by index too
     order = sorted(range(6), key=lambda i: (scores[i] if within[i] else -np.inf, i))
     for zeros, mask in enumerate(masks):
@@ -86,17 +86,17 @@ def tiles(shape, sizes):
 
 GROUPED = jw.axes.depthwise(4)
 STRUCTURES = [
-    (jw.Blocks(2, 3), (8, 9), None, (2, 3)),
-    (jw.Blocks(4, 2), (3, 3, 8, 6), None, (1, 1, 4, 2)),
-    (jw.Blocks(1, 4), (8, 2, 4), jw.axes.ATTENTION_IN, (1, 1, 4)),
-    (jw.Blocks(1, 2), (3, 3, 1, 8), GROUPED, (1, 1, 1, 2)),
-    (jw.OutputUnits(), (8, 9), None, (8, 1)),
-    (jw.OutputUnits(), (3, 3, 4, 6), None, (3, 3, 4, 1)),
-    (jw.OutputUnits(), (2, 4, 6), jw.axes.ATTENTION_OUT, (2, 4, 1)),
-    (jw.InputUnits(), (8, 9), None, (1, 9)),
-    (jw.InputUnits(), (3, 3, 4, 6), None, (3, 3, 1, 6)),
-    (jw.InputUnits(), (6, 2, 4), jw.axes.ATTENTION_IN, (1, 2, 4)),
-    (jw.InputUnits(), (3, 3, 2, 8), GROUPED, (3, 3, 1, 2)),
+    (jw.pruning.Blocks(2, 3), (8, 9), None, (2, 3)),
+    (jw.pruning.Blocks(4, 2), (3, 3, 8, 6), None, (1, 1, 4, 2)),
+    (jw.pruning.Blocks(1, 4), (8, 2, 4), jw.axes.ATTENTION_IN, (1, 1, 4)),
+    (jw.pruning.Blocks(1, 2), (3, 3, 1, 8), GROUPED, (1, 1, 1, 2)),
+    (jw.pruning.OutputUnits(), (8, 9), None, (8, 1)),
+    (jw.pruning.OutputUnits(), (3, 3, 4, 6), None, (3, 3, 4, 1)),
+    (jw.pruning.OutputUnits(), (2, 4, 6), jw.axes.ATTENTION_OUT, (2, 4, 1)),
+    (jw.pruning.InputUnits(), (8, 9), None, (1, 9)),
+    (jw.pruning.InputUnits(), (3, 3, 4, 6), None, (3, 3, 1, 6)),
+    (jw.pruning.InputUnits(), (6, 2, 4), jw.axes.ATTENTION_IN, (1, 2, 4)),
+    (jw.pruning.InputUnits(), (3, 3, 2, 8), GROUPED, (3, 3, 1, 2)),
 ]
 
 
@@ -113,7 +113,7 @@ def test_structures_keep_the_tiles_of_largest_norm(structure, shape, axes, sizes
 
 def test_n_of_m_blocks():
     w = NORMAL(size=(8, 6))
-    mask = np.asarray(jw.magnitude_mask(np.float32(w), (1, 2), structure=jw.Blocks(2, 3)))
+    mask = np.asarray(jw.magnitude_mask(np.float32(w), (1, 2), structure=jw.pruning.Blocks(2, 3)))
     norms = np.array([np.linalg.norm(w[where]) for where in tiles((8, 6), (2, 3))]).reshape(4, 2)
     expected = np.stack([lowest(pair, 1) for pair in norms.T.reshape(-1, 2)]).reshape(2, 4).T
     np.testing.assert_array_equal(mask[::2, ::3], expected)
@@ -131,7 +131,7 @@ TOTAL = sum(w.size for w in WEIGHTS.values())
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77, 0.99, 1.0])
 def test_global_is_one_argsort_of_all_weights(sparsity):
-    masks = jw.Global().masks(SCORES, sparsity)
+    masks = jw.pruning.Global().masks(SCORES, sparsity)
     order = sorted(SCORES)
     expected = lowest(np.concatenate([SCORES[p].ravel() for p in order]), rounded(sparsity * TOTAL))
     np.testing.assert_array_equal(np.concatenate([np.ravel(masks[p]) for p in order]), expected)
@@ -140,7 +140,9 @@ def test_global_is_one_argsort_of_all_weights(sparsity):
 
 def test_global_units():
     scores = {"a": NORMAL(size=(5, 8)), "b": 3 * NORMAL(size=(7, 4))}
-    masks = jw.Global().masks({p: np.float32(s) for p, s in scores.items()}, 0.5, structure=jw.OutputUnits())
+    masks = jw.pruning.Global().masks(
+        {p: np.float32(s) for p, s in scores.items()}, 0.5, structure=jw.pruning.OutputUnits()
+    )
     norms = np.concatenate([np.linalg.norm(s, axis=0) for s in scores.values()])
     expected = lowest(norms, 6)
     np.testing.assert_array_equal(np.concatenate([masks["a"][0], masks["b"][0]]), expected)
@@ -165,9 +167,9 @@ def test_erdos_renyi_densities_and_exact_total(traced):
     dims = {"b/kernel": 70, "a/kernel": 3 + 3 + 8 + 10, "c/kernel": 11, "stack/kernel": 27}
     layers = [(p, i) for p in SHAPES for i in range(3 if p == "stack/kernel" else 1)]
     sizes = [WEIGHTS[p].size // (3 if p == "stack/kernel" else 1) for p, _ in layers]
-    run = jax.jit(lambda s: jw.ErdosRenyi().masks(SCORES, s, axes=AXES))
+    run = jax.jit(lambda s: jw.pruning.ErdosRenyi().masks(SCORES, s, axes=AXES))
     for sparsity in (0.0, 0.05, 0.3, 0.5, 0.8, 0.95, 0.999, 1.0):
-        masks = run(sparsity) if traced else jw.ErdosRenyi().masks(SCORES, sparsity, axes=AXES)
+        masks = run(sparsity) if traced else jw.pruning.ErdosRenyi().masks(SCORES, sparsity, axes=AXES)
         zeros = rounded(float(np.float32(sparsity) if traced else sparsity) * TOTAL)
         assert sum(int((~m).sum()) for m in masks.values()) == zeros
         densities = erdos_renyi(sizes, [dims[p] for p, _ in layers], TOTAL - zeros)
@@ -181,7 +183,7 @@ def test_erdos_renyi_densities_and_exact_total(traced):
 def test_a_thousand_layers_compile_as_one():
     """The number of operations does not grow with the number of layers that one stack holds."""
     shape = lambda n: {"stack": jax.ShapeDtypeStruct((n, 8, 8), jnp.float32)}
-    run = lambda s: jw.ErdosRenyi().masks(s, 0.5, axes={"stack": STACK})
+    run = lambda s: jw.pruning.ErdosRenyi().masks(s, 0.5, axes={"stack": STACK})
     lines = [len(jax.jit(run).lower(shape(n)).as_text().splitlines()) for n in (10, 1000)]
     assert lines[0] == lines[1]
 
@@ -194,14 +196,16 @@ def test_a_thousand_layers_compile_as_one():
 )
 def test_packing(shape):
     mask = np.random.default_rng(0).random(shape) < 0.5
-    packed = jax.jit(jw.pack_mask)(mask)
+    packed = jax.jit(jw.sparse.pack_mask)(mask)
     assert packed.dtype == jnp.uint8 and packed.shape == packed_shape(shape)
-    np.testing.assert_array_equal(jw.unpack_mask(packed, shape), mask)
+    np.testing.assert_array_equal(jw.sparse.unpack_mask(packed, shape), mask)
     if mask.ndim:
         expected = np.packbits(mask, axis=packed_axis(shape), bitorder="little")
         np.testing.assert_array_equal(packed, expected)
     batch = jnp.stack([mask, ~mask])
-    np.testing.assert_array_equal(jax.vmap(lambda m: jw.unpack_mask(jw.pack_mask(m), shape))(batch), batch)
+    np.testing.assert_array_equal(
+        jax.vmap(lambda m: jw.sparse.unpack_mask(jw.sparse.pack_mask(m), shape))(batch), batch
+    )
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -209,10 +213,10 @@ def test_on_a_mesh_masks_are_packed_where_they_lie(kind):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType[kind],) * 2)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
     mask = jax.device_put(NORMAL(size=(64, 32)) > 0, sharding)
-    pack = jax.jit(jw.pack_mask).lower(mask).compile()
+    pack = jax.jit(jw.sparse.pack_mask).lower(mask).compile()
     packed = pack(mask)
     assert packed.sharding.is_equivalent_to(sharding, 2)
-    unpack = jax.jit(lambda p: jw.unpack_mask(p, mask.shape)).lower(packed).compile()
+    unpack = jax.jit(lambda p: jw.sparse.unpack_mask(p, mask.shape)).lower(packed).compile()
     np.testing.assert_array_equal(unpack(packed), mask)
     for program in (pack, unpack):
         assert not any(f" {kind}(" in program.as_text() for kind in ("all-gather", "all-to-all", "collective-permute"))

@@ -5,7 +5,7 @@ import math
 import pytest
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, Axes
+from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, Axes
 
 mup = jw.initializers.mup
 VECTOR = Axes(input=(), output=0)

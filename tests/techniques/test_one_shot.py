@@ -109,7 +109,7 @@ def test_no_worse_than_the_peers(sparsity, magnitude, of_wanda, of_sparsegpt, be
     assert error(w, new, x) < of_sparsegpt
     for m in (mask, sparsegpt_mask):
         optimum = error(w, least_squares(w, np.asarray(m), x), x)
-        repaired = error(w, jw.repair(f32, m, h), x)
+        repaired = error(w, jw.reconstruct(f32, m, h), x)
         assert repaired < best and repaired == pytest.approx(optimum, rel=1e-6)
 
 
@@ -172,7 +172,7 @@ def test_new_weights_have_the_dtype_and_the_layout_of_the_old_ones():
     w, x = problem(32, 7, 300, 0)
     h, axes = jnp.float32(moment(x)), jw.Axes(1, 0)
     new, mask = jw.sparsegpt(jnp.bfloat16(w.T), h, (2, 4), axes=axes)
-    repaired = jw.repair(jnp.bfloat16(w.T), mask, h, axes=axes)
+    repaired = jw.reconstruct(jnp.bfloat16(w.T), mask, h, axes=axes)
     assert new.dtype == repaired.dtype == jnp.bfloat16 and new.shape == mask.shape == repaired.shape == (7, 32)
     np.testing.assert_array_equal((new != 0).reshape(7, 8, 4).sum(2), 2)
     assert error(w, np.float64(repaired).T, x) < error(w, np.float64(new).T, x) + 1e-4
@@ -186,7 +186,7 @@ def test_the_scale_of_the_second_moment_does_not_matter():
         scaled = jw.sparsegpt(w, scale * h, 0.5)
         np.testing.assert_array_equal(scaled[1], mask)
         np.testing.assert_allclose(scaled[0], new, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(jw.repair(w, mask, scale * h), jw.repair(w, mask, h), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(jw.reconstruct(w, mask, scale * h), jw.reconstruct(w, mask, h), rtol=1e-3, atol=1e-4)
 
 
 # Repair
@@ -195,8 +195,8 @@ def test_the_scale_of_the_second_moment_does_not_matter():
 def test_repair_of_a_mask_that_keeps_all_or_nothing():
     w, x = problem(32, 8, 100, 0)
     w, h = jnp.float32(w), jnp.float32(moment(x))
-    np.testing.assert_array_equal(jw.repair(w, w == w, h), w)
-    np.testing.assert_array_equal(jw.repair(w, w != w, h), jnp.zeros_like(w))
+    np.testing.assert_array_equal(jw.reconstruct(w, w == w, h), w)
+    np.testing.assert_array_equal(jw.reconstruct(w, w != w, h), jnp.zeros_like(w))
 
 
 @pytest.mark.parametrize("noise", [1e-3, 0.0])
@@ -204,7 +204,7 @@ def test_repair_where_inputs_determine_each_other(noise):
     """20 factors in 64 inputs, of which each unit keeps half: their outputs can be had nearly, or exactly, again."""
     w, x = normal(64, 8), normal(500, 20) @ normal(20, 64, seed=1) + noise * normal(500, 64, seed=2)
     mask = normal(64, 8, seed=3) > 0
-    new = jw.repair(jnp.float32(w), mask, jnp.float32(moment(x)))
+    new = jw.reconstruct(jnp.float32(w), mask, jnp.float32(moment(x)))
     assert error(w, new, x) <= 1.2 * error(w, least_squares(w, mask, x), x) + 1e-9
     assert np.abs(new).max() < 10
 
@@ -236,7 +236,7 @@ def test_every_matrix_of_a_weight_is_pruned_alone(name):
     @functools.partial(jax.jit, static_argnums=3)
     def prune(w, h, norm, axes):
         mask = jw.wanda_mask(w, norm, sparsity, axes=axes)
-        return mask, *jw.sparsegpt(w, h, sparsity, axes=axes), jw.repair(w, mask, h, axes=axes)
+        return mask, *jw.sparsegpt(w, h, sparsity, axes=axes), jw.reconstruct(w, mask, h, axes=axes)
 
     whole = [read(a) for a in prune(w, h, norm, axes)]
     for i in np.ndindex(*lead):
@@ -250,7 +250,7 @@ def test_values_are_finite(kind):
     w = jnp.float32(w.get(kind, 1e-30 * normal(8, 4)))
     for h in (moment(normal(50, 8)), np.zeros((8, 8)), np.ones((8, 8))):
         new, mask = jw.sparsegpt(w, jnp.float32(h), 0.5)
-        assert np.isfinite(new).all() and np.isfinite(jw.repair(w, mask, jnp.float32(h))).all()
+        assert np.isfinite(new).all() and np.isfinite(jw.reconstruct(w, mask, jnp.float32(h))).all()
     assert jw.wanda_mask(w, jnp.ones(8), 0.5).sum() == 16
 
 
@@ -259,7 +259,7 @@ def test_weights_of_no_size(shape):
     w, h = jnp.zeros(shape), jnp.eye(shape[0])
     assert jw.wanda_mask(w, jnp.ones(shape[0]), 0.5).shape == shape
     assert jw.sparsegpt(w, h, 0.5)[0].shape == shape
-    assert jw.repair(w, w == w, h).shape == shape
+    assert jw.reconstruct(w, w == w, h).shape == shape
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -272,7 +272,7 @@ def test_a_weight_sharded_over_its_output_units_is_not_gathered(kind):
     @jax.jit
     def prune(w, h, norm):
         mask = jw.wanda_mask(w, norm, 0.5)
-        return mask, jw.wanda_mask(w, norm, (2, 4)), *jw.sparsegpt(w, h, 0.5, block=16), jw.repair(w, mask, h)
+        return mask, jw.wanda_mask(w, norm, (2, 4)), *jw.sparsegpt(w, h, 0.5, block=16), jw.reconstruct(w, mask, h)
 
     arguments = place(w, None, "x"), place(h), place(norm)
     compiled = prune.lower(*arguments).compile()

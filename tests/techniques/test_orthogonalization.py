@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, CONV_TRANSPOSE_KERNEL, DENSE, Axes, depthwise
+from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, CONV, CONV_TRANSPOSE_KERNEL, DENSE, Axes, depthwise
 
 # (shape, axes, the matrices as NumPy reads them, batch first)
 READINGS = [
@@ -48,7 +48,7 @@ def of_condition(kappa, m=48, n=32):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_formula(shape, axes, read, dtype):
     w = jnp.asarray(normal(*shape), dtype)
-    out = jw.orthogonalize(w, gain=0.5, axes=axes)
+    out = jw.projections.orthogonalize(w, gain=0.5, axes=axes)
     assert out.shape == shape and out.dtype == dtype
     tolerance = 2e-5 if dtype == jnp.float32 else 2 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(read(np.float64(out)), 0.5 * polar(read(np.float64(w))), atol=tolerance)
@@ -57,7 +57,7 @@ def test_formula(shape, axes, read, dtype):
 @pytest.mark.parametrize("kappa", [1, 10, 1e3, 1e5])
 def test_rows_or_columns_are_orthonormal_and_as_near_the_svd_as_the_condition_lets_rounding_be(kappa):
     w = np.float32(of_condition(kappa))
-    for out in (jw.orthogonalize(w), jw.orthogonalize(w.T).T):
+    for out in (jw.projections.orthogonalize(w), jw.projections.orthogonalize(w.T).T):
         out = np.float64(out)
         np.testing.assert_allclose(out.T @ out, np.eye(32), atol=2e-6)
         assert np.linalg.norm(out - polar(w), 2) <= 1e-6 * kappa + 2e-6
@@ -65,19 +65,19 @@ def test_rows_or_columns_are_orthonormal_and_as_near_the_svd_as_the_condition_le
 
 def test_large_gaussian():
     w = np.float32(normal(256, 256))  # of condition 1e3 or so
-    np.testing.assert_allclose(jax.jit(jw.orthogonalize)(w), polar(w), atol=2e-5)
+    np.testing.assert_allclose(jax.jit(jw.projections.orthogonalize)(w), polar(w), atol=2e-5)
 
 
 def test_in_float64():
     with enable_x64(True):
         w = of_condition(1e4)
-        np.testing.assert_allclose(jw.orthogonalize(w), polar(w), atol=1e-10)
+        np.testing.assert_allclose(jw.projections.orthogonalize(w), polar(w), atol=1e-10)
 
 
 def test_a_few_steps_bring_the_large_singular_values_to_one_and_raise_the_small():
     w = np.float32(of_condition(1e4))
     before = np.linalg.svd(w, compute_uv=False)
-    after = np.linalg.svd(np.float64(jw.orthogonalize(w, n_steps=5)), compute_uv=False)
+    after = np.linalg.svd(np.float64(jw.projections.orthogonalize(w, n_steps=5)), compute_uv=False)
     np.testing.assert_allclose(after[before > 0.1], 1, atol=1e-5)
     assert (after <= 1 + 1e-5).all() and (after[before < 0.01] > 20 * before[before < 0.01]).all()
 
@@ -86,20 +86,20 @@ def test_a_few_steps_bring_the_large_singular_values_to_one_and_raise_the_small(
 def test_gradient(shape, axes, read):
     with enable_x64(True):
         w, gain = jnp.asarray(normal(*shape)), jnp.asarray(0.7)
-        f = jax.jit(lambda w, gain: jw.orthogonalize(w, gain=gain, axes=axes))
+        f = jax.jit(lambda w, gain: jw.projections.orthogonalize(w, gain=gain, axes=axes))
         check_grads(f, (w, gain), order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
 
 
 def test_gradient_of_a_stack_of_one_shape():
     stack = jnp.float32(normal(3, 6, 4))
-    f = lambda w: jnp.sum(jw.orthogonalize(w) ** 3)
+    f = lambda w: jnp.sum(jw.projections.orthogonalize(w) ** 3)
     expected = jnp.stack([jax.grad(f)(w) for w in stack])
     np.testing.assert_allclose(jax.vmap(jax.grad(f))(stack), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_rank_deficient_weights_are_finite_and_exact_where_they_have_a_direction():
     w = np.float32(normal(12, 3) @ normal(3, 8, seed=1))
-    out, pull = jax.vjp(jw.orthogonalize, w)
+    out, pull = jax.vjp(jw.projections.orthogonalize, w)
     assert jnp.isfinite(out).all() and jnp.isfinite(pull(jnp.ones_like(w))[0]).all()
     assert np.linalg.norm(np.float64(out), 2) <= 1 + 1e-5
     u, _, vt = np.linalg.svd(np.float64(w))
@@ -108,14 +108,14 @@ def test_rank_deficient_weights_are_finite_and_exact_where_they_have_a_direction
 
 def test_zero_and_nothing():
     for shape in ((4, 3), (0, 3), (3, 0)):
-        out, pull = jax.vjp(jw.orthogonalize, jnp.zeros(shape))
+        out, pull = jax.vjp(jw.projections.orthogonalize, jnp.zeros(shape))
         assert out.shape == shape and not out.any() and jnp.isfinite(pull(jnp.ones(shape))[0]).all()
 
 
 def test_nan_stays_in_its_matrix():
     w = np.float32(normal(3, 5, 4))
     w[0, 0, 0], w[1, 0, 0] = np.nan, np.inf
-    out = jw.orthogonalize(w, axes=DENSE.stacked())
+    out = jw.projections.orthogonalize(w, axes=DENSE.stacked())
     assert np.isnan(out[:2]).all()
     np.testing.assert_allclose(out[2], polar(w[2]), atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_nan_stays_in_its_matrix():
 )
 def test_huge_and_tiny_weights(dtype, size):
     w = jnp.asarray(np.float64([[0, 2], [-3, 0], [0, 0]]) * size, dtype)
-    out, pull = jax.vjp(jw.orthogonalize, w)
+    out, pull = jax.vjp(jw.projections.orthogonalize, w)
     np.testing.assert_allclose(np.float64(out), [[0, 1], [-1, 0], [0, 0]], atol=1e-6)
     # Where out = U Vᵀ: a change of the third row by d changes it by d P⁻¹, P = diag(3, 2).
     cotangent = jnp.zeros_like(w).at[2].set(1)
@@ -136,7 +136,7 @@ def test_a_trained_parametrization_reaches_a_rotation():
     rotation, x = polar(normal(6, 6)), normal(50, 6, seed=1)
     if np.linalg.det(rotation) < 0:
         rotation[:, 0] *= -1
-    lifted, tx = jw.on_tree(jw.Orthogonalize()), optax.sgd(0.3)
+    lifted, tx = jw.on_tree(jw.projections.Orthogonalize()), optax.sgd(0.3)
     params = {"kernel": jnp.eye(6) + 0.1 * jnp.float32(normal(6, 6, seed=2))}
     state, opt_state = lifted.init(params, jax.random.key(0)), tx.init(params)
 

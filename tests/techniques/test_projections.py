@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE
+from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE
 
 FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
 READINGS = [
@@ -62,7 +62,7 @@ def l1_ball(v, radius):
 @pytest.mark.parametrize("shape", [(), (30, 4), (0, 3)])
 def test_clip_range(dtype, low, high, shape):
     w = jnp.asarray(normal(*shape), dtype)
-    out = jw.clip_range(w, low, high)
+    out = jw.projections.clip_range(w, low, high)
     assert out.dtype == dtype and out.shape == shape
     low, high = (np.float64(np.asarray(limit).astype(dtype)) for limit in (low, high))
     np.testing.assert_array_equal(np.float64(out), np.clip(np.float64(w), low, high))
@@ -70,10 +70,10 @@ def test_clip_range(dtype, low, high, shape):
 
 def test_clip_range_of_what_is_no_number_and_its_gradient():
     w = jnp.array([-jnp.inf, -1.0, 0.5, 2.0, jnp.inf, jnp.nan])
-    out, pull = jax.vjp(lambda w: jw.clip_range(w, 0.0, 1.0), w)
+    out, pull = jax.vjp(lambda w: jw.projections.clip_range(w, 0.0, 1.0), w)
     np.testing.assert_array_equal(out, [0, 0, 0.5, 1, 1, np.nan])
     np.testing.assert_array_equal(pull(jnp.ones(6))[0], [0, 0, 1, 0, 0, 1])
-    assert jw.clip_range(jnp.array(0.0), jnp.array(2.0), jnp.array(1.0)) == 1
+    assert jw.projections.clip_range(jnp.array(0.0), jnp.array(2.0), jnp.array(1.0)) == 1
 
 
 # bound_norm
@@ -91,7 +91,7 @@ def test_clip_range_of_what_is_no_number_and_its_gradient():
 )
 def test_bound_norm(shape, axes, over, dtype, low, high, rate):
     w = jnp.asarray(normal(*shape), dtype)
-    out = jw.bound_norm(w, low, high, rate=rate, axes=axes)
+    out = jw.projections.bound_norm(w, low, high, rate=rate, axes=axes)
     assert out.dtype == dtype and out.shape == shape
     exact = np.float64(w)
     norm = np.sqrt(np.sum(exact**2, over, keepdims=True))
@@ -101,7 +101,7 @@ def test_bound_norm(shape, axes, over, dtype, low, high, rate):
 
 def test_bound_norm_keeps_what_is_in_range_zero_or_no_number():
     w = jnp.array([[0.0, 0.6, jnp.nan, jnp.inf, 30.0], [0.0, 0.8, 1.0, 1.0, 40.0]])
-    out = jw.bound_norm(w, 0.5, 2.0)
+    out = jw.projections.bound_norm(w, 0.5, 2.0)
     np.testing.assert_array_equal(out[:, :4], w[:, :4])
     np.testing.assert_allclose(out[:, 4], [1.2, 1.6], rtol=1e-6)
 
@@ -111,14 +111,14 @@ def test_bound_norm_gradient():
         w, low, high, rate = jnp.asarray(normal(4, 30)), jnp.array(1.5), jnp.array(2.5), jnp.array(0.7)
         norm = np.linalg.norm(w, axis=0)
         assert (norm < 1.5).any() and (norm > 2.5).any() and ((norm > 1.5) & (norm < 2.5)).any()
-        f = jax.jit(lambda w, low, high, rate: jw.bound_norm(w, low, high, rate=rate))
+        f = jax.jit(lambda w, low, high, rate: jw.projections.bound_norm(w, low, high, rate=rate))
         check_grads(f, (w, low, high, rate), order=1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e30, 1e-30])
 def test_unit_norm_of_huge_and_tiny_weights(size):
     w = jnp.float32([[1, 2], [2, -3], [-2, 6]]) * size
-    out, pull = jax.vjp(lambda w: jw.bound_norm(w, 1e3, 1e3), w)
+    out, pull = jax.vjp(lambda w: jw.projections.bound_norm(w, 1e3, 1e3), w)
     np.testing.assert_allclose(out, 1e3 * np.float64([[1, 2], [2, -3], [-2, 6]]) / [3, 7], rtol=1e-6)
     assert jnp.isfinite(pull(jnp.full_like(w, 1e-4))[0]).all()
 
@@ -133,7 +133,7 @@ def test_unit_norm_of_huge_and_tiny_weights(size):
 def test_bound_sum(shape, axes, over, dtype, low, high, weighted):
     w = jnp.asarray(normal(*shape), dtype)
     a = jnp.asarray(normal(*shape, seed=1), dtype) if weighted else None
-    out = jw.bound_sum(w, low, high, normal=a, axes=axes)
+    out = jw.projections.bound_sum(w, low, high, normal=a, axes=axes)
     assert out.dtype == dtype and out.shape == shape
     exact, a = np.float64(w), np.float64(1.0 if a is None else a) + np.zeros(shape)
     total = np.sum(a * exact, over, keepdims=True)
@@ -143,15 +143,15 @@ def test_bound_sum(shape, axes, over, dtype, low, high, weighted):
 
 def test_bound_sum_at_the_edges():
     w = jnp.array([[0.0, 0.5, jnp.nan, jnp.inf, 3.0], [0.0, -0.25, 1.0, 1.0, 1.0]])
-    out = jw.bound_sum(w, -1.0, 1.0)
+    out = jw.projections.bound_sum(w, -1.0, 1.0)
     np.testing.assert_array_equal(out[:, :2], w[:, :2])
     assert jnp.isnan(out[0, 2]) and jnp.isnan(out[:, 3]).any()
     np.testing.assert_array_equal(out[:, 4], [1.5, -0.5])
-    np.testing.assert_array_equal(jw.bound_sum(w[:, 3], 0.0), w[:, 3])  # the infinite sum is in range
-    np.testing.assert_array_equal(jw.bound_sum(w[:, 4], 9.0, normal=jnp.zeros(2)), w[:, 4])
+    np.testing.assert_array_equal(jw.projections.bound_sum(w[:, 3], 0.0), w[:, 3])  # the infinite sum is in range
+    np.testing.assert_array_equal(jw.projections.bound_sum(w[:, 4], 9.0, normal=jnp.zeros(2)), w[:, 4])
     with enable_x64(True):
         w, low, high = jnp.asarray(normal(4, 30)), jnp.array(-1.0), jnp.array(1.0)
-        check_grads(jax.jit(jw.bound_sum), (w, low, high), order=1, rtol=1e-6)
+        check_grads(jax.jit(jw.projections.bound_sum), (w, low, high), order=1, rtol=1e-6)
 
 
 # The simplex and the L1 ball
@@ -163,9 +163,9 @@ def test_bound_sum_at_the_edges():
 def test_simplex_and_l1_ball(shape, axes, over, dtype, size):
     w = jnp.asarray(normal(*shape), dtype)
     for f, oracle in (
-        (jw.project_simplex, simplex),
-        (jw.project_l1_ball, l1_ball),
-        (jw.project_l1_sphere, lambda v, r: np.where(v < 0, -1, 1) * simplex(np.abs(v), r)),
+        (jw.projections.project_simplex, simplex),
+        (jw.projections.project_l1_ball, l1_ball),
+        (jw.projections.project_l1_sphere, lambda v, r: np.where(v < 0, -1, 1) * simplex(np.abs(v), r)),
     ):
         out = f(w, size, axes=axes)
         assert out.dtype == dtype and out.shape == shape
@@ -176,7 +176,7 @@ def test_simplex_and_l1_ball(shape, axes, over, dtype, size):
 @settings(deadline=None, max_examples=200)
 @given(vectors, st.floats(2**-20, 1e6, width=32))
 def test_simplex_of_any_vector(v, total):
-    out = np.float64(jax.jit(jw.project_simplex)(v, np.float32(total)))
+    out = np.float64(jax.jit(jw.projections.project_simplex)(v, np.float32(total)))
     assert (out >= 0).all()
     assert abs(out.sum() - total) <= 1e-6 * total * len(v)
     np.testing.assert_allclose(out, simplex(np.float64(v), total), atol=2e-6 * total)
@@ -185,7 +185,7 @@ def test_simplex_of_any_vector(v, total):
 @settings(deadline=None, max_examples=200)
 @given(vectors, st.floats(2**-20, 1e6, width=32))
 def test_l1_ball_of_any_vector(v, radius):
-    out = np.float64(jax.jit(jw.project_l1_ball)(v, np.float32(radius)))
+    out = np.float64(jax.jit(jw.projections.project_l1_ball)(v, np.float32(radius)))
     assert np.abs(out).sum() <= radius * (1 + 1e-6 * len(v))
     if np.abs(np.float64(v)).sum() <= radius * (1 - 1e-6):
         np.testing.assert_array_equal(out, v)
@@ -203,8 +203,8 @@ def test_no_feasible_point_is_nearer(total):
     shrink = rng.uniform(size=(2000, 1))
     with enable_x64(True):
         for f, points in (
-            (jw.project_simplex, (q, corners)),
-            (jw.project_l1_ball, (q * signs * shrink, corners, -corners, np.zeros((1, 20)))),
+            (jw.projections.project_simplex, (q, corners)),
+            (jw.projections.project_l1_ball, (q * signs * shrink, corners, -corners, np.zeros((1, 20)))),
         ):
             p = np.asarray(f(jnp.asarray(w), total))
             for point in points:
@@ -225,7 +225,7 @@ def test_no_feasible_point_is_nearer(total):
 )
 def test_simplex_of_wide_ranges(n, vector):
     v = np.float32(vector(n))
-    out = np.float64(jax.jit(jw.project_simplex)(v))
+    out = np.float64(jax.jit(jw.projections.project_simplex)(v))
     np.testing.assert_allclose(out, simplex(np.float64(v), 1.0), atol=1e-6)
     assert out.sum() == pytest.approx(1, abs=1e-6)
 
@@ -233,7 +233,7 @@ def test_simplex_of_wide_ranges(n, vector):
 def test_gradients():
     with enable_x64(True):
         w, size = jnp.asarray(normal(8, 5)), jnp.array(2.0)
-        for f in (jw.project_simplex, jw.project_l1_ball, jw.project_l1_sphere):
+        for f in (jw.projections.project_simplex, jw.projections.project_l1_ball, jw.projections.project_l1_sphere):
             assert 0 < (f(w, size) == 0).sum() < w.size
             check_grads(jax.jit(f), (w, size), order=1, rtol=1e-6)
             check_grads(lambda w, size, f=f: jax.vmap(lambda v: f(v, size))(w.T), (w, size), order=1, rtol=1e-6)
@@ -241,22 +241,24 @@ def test_gradients():
 
 def test_what_is_no_number():
     w = jnp.array([[jnp.nan, jnp.inf, -jnp.inf, 0.5], [1.0, 1.0, 1.0, 0.5]])
-    np.testing.assert_array_equal(jw.project_simplex(w), [[np.nan, np.nan, 0, 0.5], [np.nan, 0, 1, 0.5]])
-    np.testing.assert_array_equal(jw.project_l1_ball(w, 1.0), [[np.nan, np.nan, np.nan, 0.5], [np.nan, 0, 0, 0.5]])
-    assert jw.project_simplex(jnp.zeros((0, 3))).shape == (0, 3)
-    assert jw.project_l1_ball(jnp.zeros((3, 0)), 1.0).shape == (3, 0)
+    np.testing.assert_array_equal(jw.projections.project_simplex(w), [[np.nan, np.nan, 0, 0.5], [np.nan, 0, 1, 0.5]])
+    np.testing.assert_array_equal(
+        jw.projections.project_l1_ball(w, 1.0), [[np.nan, np.nan, np.nan, 0.5], [np.nan, 0, 0, 0.5]]
+    )
+    assert jw.projections.project_simplex(jnp.zeros((0, 3))).shape == (0, 3)
+    assert jw.projections.project_l1_ball(jnp.zeros((3, 0)), 1.0).shape == (3, 0)
 
 
 def test_transforms_follow_their_schedules():
     w = jnp.array([[0.5], [-3.0], [4.0]])
     growing = lambda step: 1.0 + step
     for make, f in (
-        (lambda s: jw.ClipRange(0.0, s), lambda n: jw.clip_range(w, 0.0, n)),
-        (lambda s: jw.BoundNorm(0.5, s), lambda n: jw.bound_norm(w, 0.5, n)),
-        (jw.Simplex, lambda n: jw.project_simplex(w, n)),
-        (jw.L1Ball, lambda n: jw.project_l1_ball(w, n)),
-        (jw.L1Sphere, lambda n: jw.project_l1_sphere(w, n)),
-        (lambda s: jw.BoundSum(-3.0, s), lambda n: jw.bound_sum(w, -3.0, n)),
+        (lambda s: jw.projections.ClipRange(0.0, s), lambda n: jw.projections.clip_range(w, 0.0, n)),
+        (lambda s: jw.projections.BoundNorm(0.5, s), lambda n: jw.projections.bound_norm(w, 0.5, n)),
+        (jw.projections.Simplex, lambda n: jw.projections.project_simplex(w, n)),
+        (jw.projections.L1Ball, lambda n: jw.projections.project_l1_ball(w, n)),
+        (jw.projections.L1Sphere, lambda n: jw.projections.project_l1_sphere(w, n)),
+        (lambda s: jw.projections.BoundSum(-3.0, s), lambda n: jw.projections.bound_sum(w, -3.0, n)),
     ):
         t = make(growing)
         state = t.init(w, jax.random.key(0))

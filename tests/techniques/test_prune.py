@@ -20,7 +20,9 @@ FLAT_GRADS = [GRADS["a"]["kernel"], GRADS["b"]["kernel"]]
 
 
 def masks_of(state):
-    return [np.asarray(jw.unpack_mask(state.fixed[p]["mask"], w.shape)) for p, w in zip(PATHS, FLAT, strict=True)]
+    return [
+        np.asarray(jw.sparse.unpack_mask(state.fixed[p]["mask"], w.shape)) for p, w in zip(PATHS, FLAT, strict=True)
+    ]
 
 
 def lowest(values, zeros, among=None):
@@ -44,7 +46,7 @@ def count(sparsity, n):
 
 
 def test_global_pruning_of_a_tree_is_one_argsort():
-    lifted = jw.on_tree(jw.Prune(0.7, distribution=jw.Global()))
+    lifted = jw.on_tree(jw.Prune(0.7, distribution=jw.pruning.Global()))
     state = jax.jit(lifted.init)(PARAMS, KEY)
     expected = lowest([np.abs(w) for w in FLAT], count(0.7, 528))
     equal(masks_of(state), expected)
@@ -55,15 +57,15 @@ def test_global_pruning_of_a_tree_is_one_argsort():
 
 def test_each_rule_has_a_pool_of_its_own():
     """The same spec under two names prunes each by itself, and one weight alone is pruned as without a distribution."""
-    rules = {f"{p}": jw.Prune(0.5, distribution=jw.Global()) for p in PATHS}
+    rules = {f"{p}": jw.Prune(0.5, distribution=jw.pruning.Global()) for p in PATHS}
     state = jax.jit(jw.on_tree(rules).init)(PARAMS, KEY)
     equal(masks_of(state), [lowest([np.abs(w)], w.size // 2)[0] for w in FLAT])
-    alone = jw.Prune(0.5, distribution=jw.Global()).init(FLAT[0], KEY)
+    alone = jw.Prune(0.5, distribution=jw.pruning.Global()).init(FLAT[0], KEY)
     np.testing.assert_array_equal(alone["mask"], state.fixed["a/kernel"]["mask"])
 
 
 def test_snip_is_global_pruning_by_saliency_at_the_first_gradient():
-    lifted = jw.on_tree(jw.Prune(0.8, score=jw.scores.saliency, distribution=jw.Global()))
+    lifted = jw.on_tree(jw.Prune(0.8, score=jw.scores.saliency, distribution=jw.pruning.Global()))
     state = lifted.init(PARAMS, KEY)
     equal(masks_of(state), [np.ones(w.shape, bool) for w in FLAT])
     update = jax.jit(lifted.update)
@@ -76,7 +78,7 @@ def test_snip_is_global_pruning_by_saliency_at_the_first_gradient():
 
 def test_erdos_renyi_on_a_tree_keeps_the_total():
     """Densities in proportion to Σ(dims)/Π(dims), computed from the shapes alone."""
-    lifted = jw.on_tree(jw.Prune(0.6, score=jw.scores.random, distribution=jw.ErdosRenyi()))
+    lifted = jw.on_tree(jw.Prune(0.6, score=jw.scores.random, distribution=jw.pruning.ErdosRenyi()))
     init = jax.jit(lifted.init)
     masks = masks_of(init(PARAMS, KEY))
     kept = 528 - count(0.6, 528)
@@ -92,7 +94,7 @@ def test_a_custom_score_and_a_structure():
     square = lambda w: -jnp.square(w)
     state = jax.jit(jw.on_tree(jw.Prune(0.5, score=square)).init)(PARAMS, KEY)
     equal(masks_of(state), [lowest([-(np.square(np.float32(w)))], w.size // 2)[0] for w in FLAT])
-    lifted = jw.on_tree(jw.Prune(0.5, structure=jw.OutputUnits(), distribution=jw.Global()))
+    lifted = jw.on_tree(jw.Prune(0.5, structure=jw.pruning.OutputUnits(), distribution=jw.pruning.Global()))
     state = jax.jit(lifted.init)(PARAMS, KEY)
     norms = [np.linalg.norm(np.float64(w).reshape(-1, w.shape[-1]), axis=0) for w in FLAT]
     equal([m.reshape(-1, m.shape[-1])[0] for m in masks_of(state)], lowest(norms, 9))
@@ -101,7 +103,7 @@ def test_a_custom_score_and_a_structure():
 ramp = lambda step: jnp.minimum(0.25 * step, 0.75)
 
 
-@pytest.mark.parametrize("distribution", [None, jw.Global()], ids=str)
+@pytest.mark.parametrize("distribution", [None, jw.pruning.Global()], ids=str)
 def test_a_schedule_prunes_within_what_is_kept(distribution):
     """As ever new weights come in, the pruned stay pruned, and the counts are those of the schedule."""
     lifted = jw.on_tree(jw.Prune(ramp, distribution=distribution))
@@ -127,7 +129,7 @@ def test_where_the_sparsity_falls_all_weights_compete_again():
     state, update = t.init(w[0], KEY), jax.jit(t.update)
     for step, zeros in enumerate((0, 12, 6, 0)):
         state = update(w[step], state)
-        mask = jw.unpack_mask(state["mask"], (6, 4))
+        mask = jw.sparse.unpack_mask(state["mask"], (6, 4))
         np.testing.assert_array_equal(mask, lowest([np.abs(w[step])], zeros)[0])
 
 
@@ -155,7 +157,7 @@ def test_straight_through(sparsity):
 
 
 def test_a_chain_with_a_distribution_is_its_members_one_after_the_other():
-    chain = jw.on_tree(jw.Chain(jw.ClipWeights(0.8), jw.Prune(0.5, distribution=jw.Global())))
+    chain = jw.on_tree(jw.Chain(jw.ClipWeights(0.8), jw.Prune(0.5, distribution=jw.pruning.Global())))
     state = chain.update(PARAMS, chain.init(PARAMS, KEY))
     clipped = [np.clip(w, np.float32(-0.8), np.float32(0.8)) for w in FLAT]
     expected = lowest([np.abs(w) for w in clipped], 264)
@@ -167,16 +169,16 @@ def test_a_chain_with_a_distribution_is_its_members_one_after_the_other():
 def test_distributions_read_attention_and_stacks_as_such():
     """(layers, in, out) beside a bias of (layers, out) is a stack: each layer of it has a density of its own."""
     params = {"stack": {"kernel": jnp.float32(NORMAL(size=(3, 16, 8))), "bias": jnp.zeros((3, 8))}}
-    state = jw.on_tree(jw.Prune(0.5, distribution=jw.ErdosRenyi())).init(params, KEY)
-    mask = jw.unpack_mask(state.fixed["stack/kernel"]["mask"], (3, 16, 8))
+    state = jw.on_tree(jw.Prune(0.5, distribution=jw.pruning.ErdosRenyi())).init(params, KEY)
+    mask = jw.sparse.unpack_mask(state.fixed["stack/kernel"]["mask"], (3, 16, 8))
     np.testing.assert_array_equal(mask.sum((1, 2)), [64, 64, 64])
     local = jw.on_tree(jw.Prune(0.3)).init(params, KEY)
-    mask = jw.unpack_mask(local.fixed["stack/kernel"]["mask"], (3, 16, 8))
+    mask = jw.sparse.unpack_mask(local.fixed["stack/kernel"]["mask"], (3, 16, 8))
     np.testing.assert_array_equal((~mask).sum((1, 2)), [38, 38, 38])
 
 
 def test_nan_is_kept_longest_and_infinity_next():
     w = jnp.array([[1.0, jnp.nan, -jnp.inf, 2.0]])
     for zeros, kept in [(1, [0, 1, 1, 1]), (2, [0, 1, 1, 0]), (3, [0, 1, 0, 0]), (4, [0, 0, 0, 0])]:
-        state = jw.Prune(zeros / 4, distribution=jw.Global()).init(w, KEY)
-        np.testing.assert_array_equal(jw.unpack_mask(state["mask"], (1, 4)), np.array([kept], bool))
+        state = jw.Prune(zeros / 4, distribution=jw.pruning.Global()).init(w, KEY)
+        np.testing.assert_array_equal(jw.sparse.unpack_mask(state["mask"], (1, 4)), np.array([kept], bool))

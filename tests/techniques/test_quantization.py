@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE
+from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE
 
 FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
 READINGS = [

@@ -94,7 +94,7 @@ def test_magnitude_mask_keeps_nan_longest():
 def test_prune_once():
     w, t = jnp.float32(normal(20, 10)), jw.Prune(0.6)
     state = t.init(w, jax.random.key(0))
-    np.testing.assert_array_equal(jw.unpack_mask(state["mask"], w.shape), argsort_rule(w, 120))
+    np.testing.assert_array_equal(jw.sparse.unpack_mask(state["mask"], w.shape), argsort_rule(w, 120))
     later = jnp.float32(normal(20, 10, seed=1))
     state = t.update(later, state)
     np.testing.assert_array_equal(t.apply(later, state), np.where(argsort_rule(w, 120), later, 0))
@@ -109,12 +109,12 @@ def test_prune_on_a_schedule_only_grows():
         state = t.update(w, state)
         zeros = min(20 * (step + 1), 80)
         kept &= argsort_rule(np.where(kept, w, 0), zeros)
-        np.testing.assert_array_equal(jw.unpack_mask(state["mask"], w.shape), kept)
+        np.testing.assert_array_equal(jw.sparse.unpack_mask(state["mask"], w.shape), kept)
         assert (~kept).sum() == zeros
 
 
 def test_apply_and_its_gradient_do_not_see_what_is_pruned():
-    t, state = jw.Prune(0.5), {"mask": jw.pack_mask(jnp.array([True, False, True]))}
+    t, state = jw.Prune(0.5), {"mask": jw.sparse.pack_mask(jnp.array([True, False, True]))}
     w = jnp.array([1.0, jnp.nan, 3.0])
     np.testing.assert_array_equal(t.apply(w, state), [1, 0, 3])
     np.testing.assert_array_equal(jax.grad(lambda w: t.apply(w, state).sum())(w), [1, 0, 1])

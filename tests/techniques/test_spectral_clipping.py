@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, CONV, DENSE, depthwise
+from jaxweights.core.axes import ATTENTION_IN, CONV, DENSE, depthwise
 
 # (shape, axes, the matrices as NumPy reads them, batch first)
 READINGS = [
@@ -59,7 +59,7 @@ SPECTRA = {
 def test_formula(shape, axes, read, dtype):
     w = jnp.asarray(normal(*shape), dtype)
     limit = 0.7 * sigma(read(np.float64(w))).max()
-    out = jw.clip_singular_values(w, limit, axes=axes)
+    out = jw.projections.clip_singular_values(w, limit, axes=axes)
     assert out.shape == shape and out.dtype == dtype
     tolerance = 1e-5 if dtype == jnp.float32 else 2 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(read(np.float64(out)), clipped(read(np.float64(w)), limit), atol=tolerance * limit)
@@ -68,11 +68,11 @@ def test_formula(shape, axes, read, dtype):
 @pytest.mark.parametrize("name", SPECTRA)
 def test_spectra(name):
     w = of_singular_values(SPECTRA[name])
-    out = jw.clip_singular_values(w, 0.5)
+    out = jw.projections.clip_singular_values(w, 0.5)
     largest = max(0.5, SPECTRA[name].max())
     assert sigma(out) <= 0.5 * (1 + 1e-5)
     assert sigma(out - clipped(w, 0.5)) <= 1e-5 * 0.5 + 1e-5 * largest * (largest > 1)
-    again = jw.clip_singular_values(out, 0.5)
+    again = jw.projections.clip_singular_values(out, 0.5)
     assert sigma(again - out) <= 1e-5 * 0.5
 
 
@@ -80,18 +80,18 @@ def test_spectra(name):
 def test_large_gaussian(fraction):
     w = np.float32(normal(256, 192))
     limit = fraction * sigma(w)
-    out = jax.jit(jw.clip_singular_values)(w, limit)
+    out = jax.jit(jw.projections.clip_singular_values)(w, limit)
     assert sigma(out) <= limit * (1 + 1e-5)
     assert sigma(out - clipped(w, limit)) <= 5e-6 * sigma(w)
 
 
 def test_weights_within_the_limit_are_kept_bit_for_bit():
     stack = np.stack([of_singular_values(SPECTRA[n]) for n in ("one above", "close to the limit", "equal")])
-    out = np.asarray(jw.clip_singular_values(stack, 0.6 * (1 + 1e-6), axes=DENSE.stacked()))
+    out = np.asarray(jw.projections.clip_singular_values(stack, 0.6 * (1 + 1e-6), axes=DENSE.stacked()))
     np.testing.assert_array_equal(out[:2], stack[:2])
     np.testing.assert_allclose(out[2], 0.75 * stack[2], atol=1e-5)
     for limit in (np.inf, 1e30):
-        np.testing.assert_array_equal(jw.clip_singular_values(stack, limit), stack)
+        np.testing.assert_array_equal(jw.projections.clip_singular_values(stack, limit), stack)
 
 
 @readings
@@ -99,14 +99,14 @@ def test_gradient(shape, axes, read):
     with enable_x64(True):
         w = jnp.asarray(normal(*shape))
         s = np.linalg.svd(read(w), compute_uv=False)
-        f = jax.jit(lambda w, limit: jw.clip_singular_values(w, limit, axes=axes))
+        f = jax.jit(lambda w, limit: jw.projections.clip_singular_values(w, limit, axes=axes))
         check_grads(f, (w, jnp.asarray(0.8 * s.max())), order=1, modes=["rev"], rtol=1e-5, atol=1e-6)
 
 
 def test_a_projection_holds_after_every_step():
     lifted, tx = (
-        jw.on_tree(jw.ClipSingularValues(1.0)),
-        optax.chain(optax.sgd(0.3), jw.project(jw.ClipSingularValues(1))),
+        jw.on_tree(jw.projections.ClipSingularValues(1.0)),
+        optax.chain(optax.sgd(0.3), jw.project(jw.projections.ClipSingularValues(1))),
     )
     for dtype, slack in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)):
         params = {"kernel": jnp.asarray(of_singular_values(np.linspace(2, 0.1, 24)), dtype)}
@@ -121,7 +121,7 @@ def test_a_projection_holds_after_every_step():
 
 
 def test_schedule():
-    t, w = jw.ClipSingularValues(lambda step: 0.5 ** (step + 1.0)), of_singular_values(np.full(24, 0.4))
+    t, w = jw.projections.ClipSingularValues(lambda step: 0.5 ** (step + 1.0)), of_singular_values(np.full(24, 0.4))
     state = t.init(w, jax.random.key(0))
     for expected in (0.4, 0.25, 0.125):
         state = t.update(w, state)
@@ -131,16 +131,16 @@ def test_schedule():
 def test_zero_and_nothing():
     w = np.float32(normal(4, 3))
     for limit in (0.0, jnp.float32(0)):
-        assert not jw.clip_singular_values(w, limit).any()
+        assert not jw.projections.clip_singular_values(w, limit).any()
     for shape in ((4, 3), (0, 3), (3, 0)):
-        out, pull = jax.vjp(lambda w: jw.clip_singular_values(w, 1.0), jnp.zeros(shape))
+        out, pull = jax.vjp(lambda w: jw.projections.clip_singular_values(w, 1.0), jnp.zeros(shape))
         assert out.shape == shape and not out.any() and (pull(jnp.ones(shape))[0] == 1).all()
 
 
 def test_matrices_with_nan_or_infinity_are_kept():
     w = np.float32(normal(3, 5, 4))
     w[0, 0, 0], w[1, 0, 0] = np.nan, np.inf
-    out = np.asarray(jw.clip_singular_values(w, 0.1, axes=DENSE.stacked()))
+    out = np.asarray(jw.projections.clip_singular_values(w, 0.1, axes=DENSE.stacked()))
     np.testing.assert_array_equal(out[:2], w[:2])
     np.testing.assert_allclose(out[2], clipped(w[2], 0.1), atol=1e-5)
 
@@ -150,7 +150,7 @@ def test_matrices_with_nan_or_infinity_are_kept():
 )
 def test_huge_and_tiny_weights(dtype, size):
     unit = np.float64([[0, 2], [-4, 0], [0, 0]])
-    out, pull = jax.vjp(lambda w: jw.clip_singular_values(w, 3 * size), jnp.asarray(unit * size, dtype))
+    out, pull = jax.vjp(lambda w: jw.projections.clip_singular_values(w, 3 * size), jnp.asarray(unit * size, dtype))
     tolerance = 2 * float(jnp.finfo(dtype).eps) + 1e-6
     np.testing.assert_allclose(np.float64(out) / size, [[0, 2], [-3, 0], [0, 0]], atol=4 * tolerance)
     # The clipped value has no gradient, that below the limit has it whole, and the third row, turning the first

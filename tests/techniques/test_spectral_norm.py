@@ -9,8 +9,8 @@ from jax.test_util import check_grads
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, CONV_TRANSPOSE_KERNEL, DENSE, Axes, depthwise
-from jaxweights.techniques.spectral_norm import iteration
+from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, CONV, CONV_TRANSPOSE_KERNEL, DENSE, Axes, depthwise
+from jaxweights.techniques.spectral import iteration
 
 # (shape, axes, the matrices as NumPy reads them, batch first)
 READINGS = [

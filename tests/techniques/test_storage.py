@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, Reading, axes_or_default
+from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, CONV, Reading, axes_or_default
 
 LAYERS = {
     "dense": ((64, 24), None, "...i,io->...o"),
@@ -20,10 +20,10 @@ LAYERS = {
     "vector": ((64,), None, "...i,i->..."),
 }
 FORMATS = {
-    "pack": lambda w, mask=None, axes=None: jw.pack(w, mask, axes=axes),
-    "pack_blocks": lambda w, mask=None, axes=None: jw.pack_blocks(w, mask, block=(4, 1), axes=axes),
-    "to_bcoo": lambda w, mask=None, axes=None: jw.to_bcoo(w, mask, axes=axes),
-    "to_csr": lambda w, mask=None, axes=None: jw.to_csr(w, mask, axes=axes),
+    "pack": lambda w, mask=None, axes=None: jw.sparse.pack(w, mask, axes=axes),
+    "pack_blocks": lambda w, mask=None, axes=None: jw.sparse.pack_blocks(w, mask, block=(4, 1), axes=axes),
+    "to_bcoo": lambda w, mask=None, axes=None: jw.sparse.to_bcoo(w, mask, axes=axes),
+    "to_csr": lambda w, mask=None, axes=None: jw.sparse.to_csr(w, mask, axes=axes),
 }
 every_layer = pytest.mark.parametrize(("shape", "axes", "spec"), LAYERS.values(), ids=LAYERS)
 every_format = pytest.mark.parametrize("store", FORMATS.values(), ids=FORMATS)
@@ -94,7 +94,7 @@ def test_what_is_kept_comes_back_bit_for_bit(name, shape, axes, spec):
 def test_any_pattern_packs(n, m, size, dtype):
     mask = n_m_mask((m * 10, 9), n, m)
     w = jnp.asarray(normal(m * 10, 9)).astype(dtype)
-    packed = jw.pack(w, jnp.asarray(mask), (n, m))
+    packed = jw.sparse.pack(w, jnp.asarray(mask), (n, m))
     np.testing.assert_array_equal(bits(packed.todense()), bits(masked(np.asarray(w), mask)))
     assert packed.nbytes == 10 * n * 9 * w.dtype.itemsize + -(-10 * n * size // 8) * 9
     x = normal(3, m * 10, seed=1)
@@ -106,7 +106,7 @@ def test_any_pattern_packs(n, m, size, dtype):
 def test_the_codes_are_those_of_2_to_4_hardware():
     """Places of two bits, in order of the values, the first in the lowest bits."""
     w = jnp.array([0, 2, 0, -1, 0, 0, 0, 3, 5, 0, 0, 0], jnp.float32)[:, None]
-    packed = jw.pack(w)
+    packed = jw.sparse.pack(w)
     np.testing.assert_array_equal(packed.values[:, 0], [2, -1, 0, 3, 5, 0])
     np.testing.assert_array_equal(packed.codes[:, 0], [1 | 3 << 2 | 0 << 4 | 3 << 6, 0 | 1 << 2])
 
@@ -120,16 +120,16 @@ def test_by_default_what_is_not_zero_is_kept(store):
 
 def test_bytes_are_those_of_the_arrays():
     w = jnp.asarray(sparse(64, 64))
-    assert jw.pack(w).nbytes == w.nbytes * 17 // 32
-    assert jw.pack(w.astype(jnp.bfloat16)).nbytes == w.nbytes // 2 * 9 // 16
+    assert jw.sparse.pack(w).nbytes == w.nbytes * 17 // 32
+    assert jw.sparse.pack(w.astype(jnp.bfloat16)).nbytes == w.nbytes // 2 * 9 // 16
     corner = w.at[16:].set(0).at[:, 32:].set(0)
-    assert jw.pack_blocks(corner, block=(16, 16)).nbytes == 2 * (16 * 16 * 4 + 4 + 4)
+    assert jw.sparse.pack_blocks(corner, block=(16, 16)).nbytes == 2 * (16 * 16 * 4 + 4 + 4)
 
 
 def test_the_exports_have_the_indices_of_numpy():
     w = masked(normal(40, 30), normal(40, 30, seed=1) > 1)
     rows, columns = np.nonzero(w)
-    coordinates, compressed = jw.to_bcoo(jnp.asarray(w)), jw.to_csr(jnp.asarray(w))
+    coordinates, compressed = jw.sparse.to_bcoo(jnp.asarray(w)), jw.sparse.to_csr(jnp.asarray(w))
     np.testing.assert_array_equal(coordinates.indices, np.stack([rows, columns], 1))
     np.testing.assert_array_equal(compressed.indices, columns)
     np.testing.assert_array_equal(compressed.indptr, np.cumsum([0, *(w != 0).sum(1)]))
@@ -154,7 +154,7 @@ def test_matmul(name, shape, axes, spec):
         np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("export", [jw.to_bcoo, jw.to_csr])
+@pytest.mark.parametrize("export", [jw.sparse.to_bcoo, jw.sparse.to_csr])
 def test_matmul_with_an_export(export):
     w = sparse(16, 4, 8, axes=ATTENTION_IN)
     stored = export(jnp.asarray(w), axes=ATTENTION_IN)
@@ -166,13 +166,13 @@ def test_matmul_with_an_export(export):
 
 def test_the_operator_is_the_function():
     w, x = jnp.asarray(sparse(64, 32)), jnp.asarray(normal(5, 64, seed=1))
-    for stored in (jw.pack(w), jw.pack_blocks(w, block=(4, 4)), jw.quantize(w, 8)):
+    for stored in (jw.sparse.pack(w), jw.sparse.pack_blocks(w, block=(4, 4)), jw.quantize(w, 8)):
         np.testing.assert_array_equal(x @ stored, jw.matmul(x, stored))
 
 
 def test_one_row_in_many_tiles():
     w, x = sparse(512, 40), normal(1, 512, seed=1)
-    y = jw.matmul(jnp.asarray(x), jw.pack(jnp.asarray(w)))
+    y = jw.matmul(jnp.asarray(x), jw.sparse.pack(jnp.asarray(w)))
     np.testing.assert_allclose(y, x.astype(np.float64) @ w, atol=1e-4)
 
 
@@ -206,10 +206,10 @@ def test_gradients(store, rows):
 # jit, vmap, stacks, and what does not fit
 
 SIZED = {
-    "pack": jw.pack,
-    "pack_blocks": lambda w: jw.pack_blocks(w, block=(4, 1), n_blocks=24),
-    "to_bcoo": lambda w: jw.to_bcoo(w, nse=48),
-    "to_csr": lambda w: jw.to_csr(w, nse=48),
+    "pack": jw.sparse.pack,
+    "pack_blocks": lambda w: jw.sparse.pack_blocks(w, block=(4, 1), n_blocks=24),
+    "to_bcoo": lambda w: jw.sparse.to_bcoo(w, nse=48),
+    "to_csr": lambda w: jw.sparse.to_csr(w, nse=48),
 }
 
 
@@ -225,19 +225,19 @@ def test_jit_and_vmap(store):
 
 def test_a_stack_and_the_groups_of_a_convolution_pack_as_one():
     stack = np.stack([sparse(16, 6, seed=i) for i in range(3)])
-    np.testing.assert_array_equal(jw.pack(jnp.asarray(stack), axes=jw.Axes(batch=0)).todense(), stack)
+    np.testing.assert_array_equal(jw.sparse.pack(jnp.asarray(stack), axes=jw.Axes(batch=0)).todense(), stack)
     grouped = sparse(3, 3, 8, 12)
-    np.testing.assert_array_equal(jw.pack(jnp.asarray(grouped), axes=jw.axes.depthwise(4)).todense(), grouped)
+    np.testing.assert_array_equal(jw.sparse.pack(jnp.asarray(grouped), axes=jw.axes.depthwise(4)).todense(), grouped)
 
 
 def test_what_does_not_fit_under_jit_is_nan():
     w = jnp.ones((8, 2)).at[4:].set(0)
-    packed = jax.jit(jw.pack)(w).todense()
+    packed = jax.jit(jw.sparse.pack)(w).todense()
     assert np.isnan(packed[:4]).any() and not np.isnan(packed[4:]).any()
     for store in (
-        lambda w: jw.pack_blocks(w, block=(2, 2), n_blocks=1),
-        lambda w: jw.to_bcoo(w, nse=7),
-        lambda w: jw.to_csr(w, nse=7),
+        lambda w: jw.sparse.pack_blocks(w, block=(2, 2), n_blocks=1),
+        lambda w: jw.sparse.to_bcoo(w, nse=7),
+        lambda w: jw.sparse.to_csr(w, nse=7),
     ):
         assert np.isnan(jax.jit(store)(w).todense()).any()
 

@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE
+from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE
 
 FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
 

@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE, WHOLE, depthwise
+from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE, WHOLE, depthwise
 
 READINGS = [
     ((5,), None, (0,)),

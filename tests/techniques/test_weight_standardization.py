@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 from x64 import enable_x64
 
 import jaxweights as jw
-from jaxweights.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE, WHOLE, depthwise
+from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, CONV, DENSE, WHOLE, depthwise
 
 READINGS = [
     ((5,), None, (0,)),
@@ -37,7 +37,7 @@ def test_formulas(shape, axes, over, dtype):
     w = jnp.asarray(normal(*shape) + 3, dtype)
     exact, tolerance = np.float64(w), 4 * float(jnp.finfo(dtype).eps)
     exact = exact - exact.mean(over, keepdims=True)
-    centred = jw.center(w, axes=axes)
+    centred = jw.projections.center(w, axes=axes)
     assert centred.dtype == dtype
     np.testing.assert_allclose(np.float64(centred), exact, rtol=tolerance, atol=tolerance)
 
@@ -58,7 +58,7 @@ def test_formulas(shape, axes, over, dtype):
 def test_gradients(shape, axes, over):
     with enable_x64(True):
         w, gain = jnp.asarray(normal(*shape)), jnp.asarray(normal(*units(shape, over), seed=1))
-        check_grads(jax.jit(lambda w: jw.center(w, axes=axes)), (w,), order=1, rtol=1e-6)
+        check_grads(jax.jit(lambda w: jw.projections.center(w, axes=axes)), (w,), order=1, rtol=1e-6)
         standard = lambda w, gain: jw.weight_standardize(w, gain, scaled=True, eps=0.1, axes=axes)
         check_grads(jax.jit(standard), (w, gain), order=1, rtol=1e-6)
         # The output does not change with the mean or, without ε, the size of the weights: no gradient along them.
@@ -70,14 +70,14 @@ def test_gradients(shape, axes, over):
 
 def test_scaled_standardization_is_centred_weight_normalization():
     w, g = jnp.float32(normal(3, 3, 8, 16)), jnp.float32(normal(16, seed=1))
-    chain = jw.Chain(jw.Center(), jw.WeightNorm())
+    chain = jw.Chain(jw.projections.Center(), jw.WeightNorm())
     assert chain.learned == {"1.scale"}
     np.testing.assert_allclose(
         jw.weight_standardize(w, g, scaled=True, eps=0.0), chain.apply(w, {"1.scale": g}), rtol=1e-5, atol=1e-6
     )
     # It starts as the centred weights themselves.
     state = chain.init(w, jax.random.key(0))
-    np.testing.assert_allclose(chain.apply(w, state), jw.center(w), rtol=1e-6)
+    np.testing.assert_allclose(chain.apply(w, state), jw.projections.center(w), rtol=1e-6)
 
 
 def test_a_scaled_layer_keeps_the_variance_of_its_inputs():
@@ -90,7 +90,7 @@ def test_a_scaled_layer_keeps_the_variance_of_its_inputs():
 def test_equal_weights_become_zero(c):
     """Exactly, though no sum of c is exact; and the others beside them are as precise as they would be around 0."""
     w = jnp.full((1000, 2), c, jnp.float32)
-    for f in (jw.center, jw.weight_standardize, lambda w: jw.weight_standardize(w, eps=0.0)):
+    for f in (jw.projections.center, jw.weight_standardize, lambda w: jw.weight_standardize(w, eps=0.0)):
         out, pull = jax.vjp(jax.jit(f), w)
         np.testing.assert_array_equal(out, 0)
         assert jnp.isfinite(pull(jnp.ones_like(w))[0]).all()
@@ -99,7 +99,7 @@ def test_equal_weights_become_zero(c):
 def test_weights_about_a_distant_mean():
     w = np.float32(normal(1000, 2) + 1e4)
     exact = np.float64(w) - np.float64(w).mean(0)
-    np.testing.assert_allclose(jw.center(w), exact, atol=1e-5)
+    np.testing.assert_allclose(jw.projections.center(w), exact, atol=1e-5)
     np.testing.assert_allclose(jw.weight_standardize(w), exact / exact.std(0), atol=1e-5)
 
 
@@ -115,14 +115,14 @@ def test_huge_weights(dtype, size):
 
 def test_centred_float16_saturates():
     w = jnp.array([6e4, -6e4, -6e4, -6e4], jnp.float16)
-    out, pull = jax.vjp(jw.center, w)
+    out, pull = jax.vjp(jw.projections.center, w)
     np.testing.assert_array_equal(out, np.float16([65504, -3e4, -3e4, -3e4]))
     assert jnp.isfinite(pull(w)[0]).all()
 
 
 def test_nan_and_infinity_stay_in_their_unit():
     w = jnp.array([[jnp.nan, jnp.inf, 3.0], [1.0, 1.0, 5.0]])
-    for f, goal in ((jw.center, 1.0), (jw.weight_standardize, 1.0)):
+    for f, goal in ((jw.projections.center, 1.0), (jw.weight_standardize, 1.0)):
         out = f(w)
         assert jnp.isnan(out[:, :2]).any(0).all()
         np.testing.assert_allclose(out[:, 2], [-goal, goal], rtol=1e-6)
@@ -131,7 +131,7 @@ def test_nan_and_infinity_stay_in_their_unit():
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,), ()])
 def test_nothing_or_a_number_is_its_own_mean(shape):
     w = jnp.ones(shape)
-    np.testing.assert_array_equal(jw.center(w), jnp.zeros(shape))
+    np.testing.assert_array_equal(jw.projections.center(w), jnp.zeros(shape))
     np.testing.assert_array_equal(jw.weight_standardize(w, scaled=True), jnp.zeros(shape))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading
-from jaxweights.checks import check_scalar, check_weight
-from jaxweights.numerics import wide
-from jaxweights.standardize import inverse_deviation
+from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.checks import check_scalar, check_weight
+from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.numerics.standardize import inverse_deviation
 
 
 def fold_batch_norm(
@@ -62,7 +62,7 @@ def fold_batch_norm(
         raise ValueError(f"kernel of shape {kernel.shape} must have exactly one output axis, axes names {r.output}")
     features = tuple(kernel.shape[a] for a in (*r.batch, *r.output))
     given = {"bias": bias, "mean": mean, "var": var, "scale": scale, "offset": offset}
-    dtype = wide(kernel.dtype)
+    dtype = accumulation_dtype(kernel.dtype)
     values = {}
     for name, value in given.items():
         if value is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_scalar, check_weight
-from jaxweights.standardize import normalize, standardize
+from jaxweights.core.checks import check_scalar, check_weight
+from jaxweights.numerics.standardize import normalize, standardize
 from jaxweights.techniques.batch_norm.statistics import check_features, split_batch
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_scalar
-from jaxweights.moments import Stats, moments
-from jaxweights.standardize import inverse_deviation, normalize
+from jaxweights.core.checks import check_scalar
+from jaxweights.numerics.moments import Stats, moments
+from jaxweights.numerics.standardize import inverse_deviation, normalize
 from jaxweights.techniques.batch_norm.normalization import check_parameters
 from jaxweights.techniques.batch_norm.statistics import check_features, split_batch
 

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_integer, check_mask, check_scalar, check_weight
-from jaxweights.moments import Stats, moments
+from jaxweights.core.checks import check_integer, check_mask, check_scalar, check_weight
+from jaxweights.numerics.moments import Stats, moments
 
 
 class Convention(NamedTuple):

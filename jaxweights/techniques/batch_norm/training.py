@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 
-from jaxweights.checks import check_scalar
-from jaxweights.moments import moments
-from jaxweights.standardize import normalize
+from jaxweights.core.checks import check_scalar
+from jaxweights.numerics.moments import moments
+from jaxweights.numerics.standardize import normalize
 from jaxweights.techniques.batch_norm.normalization import check_parameters
 from jaxweights.techniques.batch_norm.renormalization import correct
 from jaxweights.techniques.batch_norm.statistics import check_features, per_feature, running_stats, split_batch

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_dtype, check_scalar, check_shape
-from jaxweights.transform import Number
+from jaxweights.core.checks import check_dtype, check_scalar, check_shape
+from jaxweights.core.transform import Number
 
 
 def constant(key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, value: Number) -> jax.Array:

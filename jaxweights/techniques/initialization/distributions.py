@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_dtype, check_order, check_scalar, check_shape
-from jaxweights.numerics import wide
-from jaxweights.transform import Number
+from jaxweights.core.checks import check_dtype, check_order, check_scalar, check_shape
+from jaxweights.core.transform import Number
+from jaxweights.numerics.dtypes import accumulation_dtype
 
 
 def normal(
@@ -38,7 +38,7 @@ def normal(
     check_scalar("mean", mean)
     check_scalar("std", std, 0)
     dtype = check_dtype(dtype)
-    draw = jax.random.normal(key, check_shape("shape", shape), wide(dtype))
+    draw = jax.random.normal(key, check_shape("shape", shape), accumulation_dtype(dtype))
     return (mean + std * draw).astype(dtype)
 
 
@@ -85,7 +85,7 @@ def truncated_normal(
     check_scalar("high", high)
     check_order("low", low, "high", high)
     dtype = check_dtype(dtype)
-    draw = jax.random.truncated_normal(key, low, high, check_shape("shape", shape), wide(dtype))
+    draw = jax.random.truncated_normal(key, low, high, check_shape("shape", shape), accumulation_dtype(dtype))
     return (mean + std * draw).astype(dtype)
 
 
@@ -117,4 +117,4 @@ def uniform(
     check_scalar("high", high)
     check_order("low", low, "high", high)
     dtype = check_dtype(dtype)
-    return jax.random.uniform(key, check_shape("shape", shape), wide(dtype), low, high).astype(dtype)
+    return jax.random.uniform(key, check_shape("shape", shape), accumulation_dtype(dtype), low, high).astype(dtype)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes
-from jaxweights.checks import check_integer
+from jaxweights.core.axes import Axes
+from jaxweights.core.checks import check_integer
 from jaxweights.techniques.initialization.variance_scaling import Mode, variance_scaling
 
 

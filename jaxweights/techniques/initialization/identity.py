@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading, axes_or_default
-from jaxweights.checks import check_dtype, check_scalar, check_shape
+from jaxweights.core.axes import Axes, Reading, axes_or_default
+from jaxweights.core.checks import check_dtype, check_scalar, check_shape
+from jaxweights.core.transform import Number
 from jaxweights.techniques.initialization.orthogonal import at_the_middle, matrix_shape
-from jaxweights.transform import Number
 
 
 def identity(

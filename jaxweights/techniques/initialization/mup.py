@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxweights.axes import Axes, Reading, fans
-from jaxweights.checks import check_shape
+from jaxweights.core.axes import Axes, Reading, fans
+from jaxweights.core.checks import check_shape
 
 
 class MupScales(NamedTuple):

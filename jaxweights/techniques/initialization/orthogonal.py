@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading, axes_or_default
-from jaxweights.checks import check_dtype, check_scalar, check_shape
-from jaxweights.numerics import wide
-from jaxweights.transform import Number
+from jaxweights.core.axes import Axes, Reading, axes_or_default
+from jaxweights.core.checks import check_dtype, check_scalar, check_shape
+from jaxweights.core.transform import Number
+from jaxweights.numerics.dtypes import accumulation_dtype
 
 
 def orthogonal(
@@ -49,7 +49,7 @@ def orthogonal(
     dtype = check_dtype(dtype)
     axes = axes_or_default(axes, len(check_shape("shape", shape)))
     *batch, rows, columns = matrix_shape(shape, axes)
-    q = jax.random.orthogonal(key, rows, tuple(batch), wide(dtype), columns)
+    q = jax.random.orthogonal(key, rows, tuple(batch), accumulation_dtype(dtype), columns)
     return axes.weight(gain * q, shape).astype(dtype)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, axes_or_default
-from jaxweights.checks import check_scalar, check_shape
-from jaxweights.counts import round_half_up
+from jaxweights.core.axes import Axes, axes_or_default
+from jaxweights.core.checks import check_scalar, check_shape
+from jaxweights.core.transform import Number
+from jaxweights.numerics.counts import round_half_up
 from jaxweights.techniques.initialization.distributions import normal
 from jaxweights.techniques.initialization.orthogonal import matrix_shape
-from jaxweights.transform import Number
 
 
 def sparse(

@@ -9,10 +9,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, fans
-from jaxweights.checks import check_choice, check_scalar
+from jaxweights.core.axes import Axes, fans
+from jaxweights.core.checks import check_choice, check_scalar
+from jaxweights.core.transform import Number
 from jaxweights.techniques.initialization.distributions import normal, truncated_normal, uniform
-from jaxweights.transform import Number
 
 Initializer = Callable[..., jax.Array]
 """`(key, shape, dtype) -> array`. One that has a parameter `axes` is given those that follow from the tree."""
@@ -42,9 +42,9 @@ def variance_scaling(
 
     Xavier's, He's and LeCun's are cases of it: `xavier_normal`, `he_normal`, `lecun_normal`.
 
-    The fans are those of `jaxweights.fans`. A kernel (*window, 1, out) has n_in = Πwindow, in a depthwise convolution
-    too. Its n_out, which Xavier's and "fan_out" use, is out·Πwindow, but out/groups·Πwindow in a depthwise one. Its
-    shape does not tell which it is: there, pass `axes=jaxweights.axes.depthwise(groups)`.
+    The fans are those of `jaxweights.axes.fans`. A kernel (*window, 1, out) has n_in = Πwindow, in a depthwise
+    convolution too. Its n_out, which Xavier's and "fan_out" use, is out·Πwindow, but out/groups·Πwindow in a depthwise
+    one. Its shape does not tell which it is: there, pass `axes=jaxweights.axes.depthwise(groups)`.
 
     Args:
       key: a `jax.random` key.

@@ -7,10 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading, axes_or_default
-from jaxweights.checks import check_integer, check_weight
-from jaxweights.numerics import safe_divide, straight_through, wide
-from jaxweights.transform import Transform
+from jaxweights.core.axes import Axes, Reading, axes_or_default
+from jaxweights.core.checks import check_integer, check_weight
+from jaxweights.core.transform import Transform
+from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.numerics.norms import safe_divide
+from jaxweights.numerics.straight_through import straight_through
 
 _MAX_BITS = 16  # above, 2^bits - 1 levels times a float32 range are not told apart
 
@@ -47,7 +49,7 @@ def fake_quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> jax.A
     over = tuple(range(w.ndim)) if axes is None else Reading.of(axes, w.shape).contracted
     if w.size == 0:
         return w
-    x = jax.lax.stop_gradient(w.astype(wide(w.dtype)))
+    x = jax.lax.stop_gradient(w.astype(accumulation_dtype(w.dtype)))
     levels = 2**bits - 1
     low, high = jnp.min(x, over, keepdims=True), jnp.max(x, over, keepdims=True)
     unit = jnp.where(jnp.maximum(-low, high) > 1, 1 / 16, 1).astype(x.dtype)  # or the range, or 1/range, may overflow

@@ -8,10 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading
-from jaxweights.checks import check_integer, check_weight
-from jaxweights.numerics import safe_divide, wide
-from jaxweights.stored import contraction, nbytes
+from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.checks import check_integer, check_weight
+from jaxweights.core.stored import contraction, nbytes
+from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.numerics.norms import safe_divide
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype", "axes"])
@@ -47,7 +48,7 @@ class QuantizedArray:
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """x @ w, the scale applied after the product: (x · codes)·scale."""
-        r, dtype = contraction(x, self), wide(x.dtype)
+        r, dtype = contraction(x, self), accumulation_dtype(x.dtype)
         lead = tuple(range(x.ndim - len(r.contracted), x.ndim))
         y = jax.lax.dot_general(
             x.astype(dtype), self.codes.astype(dtype), ((lead, r.contracted), ((), ())), precision="highest"
@@ -84,7 +85,7 @@ def quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> QuantizedA
     """
     w = check_weight(w)
     check_integer("bits", bits, 2, 8)
-    x = w.astype(wide(w.dtype))
+    x = w.astype(accumulation_dtype(w.dtype))
     largest = 2 ** (bits - 1) - 1
     peak = jnp.max(jnp.abs(x), Reading.of(axes, w.shape).contracted, keepdims=True, initial=0)
     scale = (peak / largest).astype(jnp.float32)

@@ -3,15 +3,15 @@
 from jaxweights.techniques.sparsification import scores
 from jaxweights.techniques.sparsification.distribution import ErdosRenyi, Global
 from jaxweights.techniques.sparsification.masks import drop_and_grow, keep_largest, magnitude_mask
+from jaxweights.techniques.sparsification.one_shot.reconstruction import reconstruct
+from jaxweights.techniques.sparsification.one_shot.sparsegpt import sparsegpt
+from jaxweights.techniques.sparsification.one_shot.wanda import wanda_mask
 from jaxweights.techniques.sparsification.packed import pack_mask, unpack_mask
 from jaxweights.techniques.sparsification.prune import Prune
 from jaxweights.techniques.sparsification.regrow import Regrow
-from jaxweights.techniques.sparsification.repair import repair
 from jaxweights.techniques.sparsification.schedules import AlternatingSparsity, PolynomialSparsity
-from jaxweights.techniques.sparsification.sparsegpt import sparsegpt
 from jaxweights.techniques.sparsification.structure import Blocks, InputUnits, OutputUnits
 from jaxweights.techniques.sparsification.threshold import Sparsify, sparsify
-from jaxweights.techniques.sparsification.wanda import wanda_mask
 
 __all__ = [
     "AlternatingSparsity",
@@ -28,7 +28,7 @@ __all__ = [
     "keep_largest",
     "magnitude_mask",
     "pack_mask",
-    "repair",
+    "reconstruct",
     "scores",
     "sparsegpt",
     "sparsify",

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxweights.axes import Axes
-from jaxweights.checks import check_scalar, check_weight, naming
-from jaxweights.counts import Count, count, scaled, share, smaller, where
-from jaxweights.selection import by_value, smallest_mask, smallest_masks
+from jaxweights.core.axes import Axes
+from jaxweights.core.checks import check_scalar, check_weight, naming
+from jaxweights.core.transform import Number
+from jaxweights.numerics.counts import Count, count, fraction_of, scaled, select, smaller
+from jaxweights.numerics.selection import by_value, smallest_mask, smallest_masks
 from jaxweights.techniques.sparsification.masks import Tiles, check_within
 from jaxweights.techniques.sparsification.structure import Structure
-from jaxweights.transform import Number
 
 
 class Distribution(Protocol):
@@ -55,7 +55,7 @@ class Global:
         tiles, units = _tiled(type(self).__name__, scores, sparsity, structure, axes, within)
         paths = sorted(units)
         n = sum(math.prod(tiles[p].units) for p in paths)
-        pruned = smallest_masks([units[p] for p in paths], share(sparsity, n), rank=by_value)
+        pruned = smallest_masks([units[p] for p in paths], fraction_of(sparsity, n), rank=by_value)
         masks = {p: tiles[p].spread(~mask, scores[p]) for p, mask in zip(paths, pruned, strict=True)}
         return {p: masks[p] for p in scores}
 
@@ -127,14 +127,14 @@ def _pruned(tiles: Mapping[str, Tiles], sparsity: Number) -> dict[str, Count]:
     def step(left, matrix):
         ratio, n, rest = matrix
         kept = smaller(smaller(scaled(left, ratio), n), left)
-        kept = where(left <= kept + rest, kept, left - smaller(rest, left))
+        kept = select(left <= kept + rest, kept, left - smaller(rest, left))
         return left - kept, n - kept
 
     total = sum(sizes)
     words = lambda ns: jnp.asarray(np.array(ns, np.uint32))
     counts = lambda ns: Count(words([n >> 32 for n in ns]), words([n & 0xFFFFFFFF for n in ns]))
     columns = (words(ratios), counts(sizes), counts(after(sizes)))
-    _, pruned = jax.lax.scan(step, count(total) - share(sparsity, total), columns)
+    _, pruned = jax.lax.scan(step, count(total) - fraction_of(sparsity, total), columns)
     places: dict[str, list[int]] = {path: [] for path in tiles}
     order = sorted(range(len(matrices)), key=lambda i: (matrices[i][1], matrices[i][2]))
     for i in order:

@@ -8,14 +8,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading
-from jaxweights.checks import check_scalar, check_weight
-from jaxweights.counts import Count, scaled, share
-from jaxweights.numerics import automatic, safe_norm
-from jaxweights.selection import Rank, by_magnitude, by_value, count_true, smallest_mask
+from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.checks import check_scalar, check_weight
+from jaxweights.core.transform import Number
+from jaxweights.numerics.counts import Count, fraction_of, scaled
+from jaxweights.numerics.norms import safe_norm
+from jaxweights.numerics.selection import Rank, by_magnitude, by_value, count_true, smallest_mask
+from jaxweights.numerics.sharding import auto_sharded
 from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity
 from jaxweights.techniques.sparsification.structure import Structure
-from jaxweights.transform import Number
 
 
 def keep_largest(
@@ -145,14 +146,14 @@ def drop_and_grow(
         left = ~lowest(jnp.where(mask, drop, -jnp.inf), n_pruned + n_dropped)
         return tiles.spread(~lowest(jnp.where(left, jnp.nan, grow), n_pruned), whole)
 
-    return automatic(rewire, mask, drop, grow, ratio, like=drop)
+    return auto_sharded(rewire, mask, drop, grow, ratio, like=drop)
 
 
 def _kept(scores, sparsity, structure, axes, rank: Rank, within) -> jax.Array:
     tiles = Tiles(scores.shape, structure, axes)
     check_sparsity(sparsity, tiles.n_inputs)
     inside = () if within is None else (check_within(within, scores.shape),)
-    k = None if isinstance(sparsity, tuple) else share(sparsity, tiles.size)
+    k = None if isinstance(sparsity, tuple) else fraction_of(sparsity, tiles.size)
 
     def keep(scores, k, *inside):
         units = tiles.scores(scores, inside[0] if inside else None)
@@ -163,7 +164,7 @@ def _kept(scores, sparsity, structure, axes, rank: Rank, within) -> jax.Array:
             pruned = smallest_mask(units, k, axis=tiles.axis, rank=rank)
         return tiles.spread(~pruned, scores)
 
-    return automatic(keep, scores, k, *inside, like=scores)
+    return auto_sharded(keep, scores, k, *inside, like=scores)
 
 
 def _all_but_n_of_m(units: jax.Array, n: int, m: int, axis: int, rank: Rank) -> jax.Array:
@@ -216,13 +217,15 @@ class Tiles:
     def scores(self, scores: jax.Array, within: jax.Array | None = None) -> jax.Array:
         """The score of each tile; outside of `within` it is −∞."""
         if self.weights != 1:
-            scores = automatic(lambda s: safe_norm(s.reshape(self._split()), self._inner), scores)
+            scores = auto_sharded(lambda s: safe_norm(s.reshape(self._split()), self._inner), scores)
             within = None if within is None else self.any(within)
         return scores if within is None else jnp.where(within, scores, -jnp.inf)
 
     def any(self, mask: jax.Array) -> jax.Array:
         """Whether a mask is true anywhere in each tile."""
-        return automatic(lambda m: jnp.any(m.reshape(self._split()), self._inner), mask) if self.weights != 1 else mask
+        return (
+            auto_sharded(lambda m: jnp.any(m.reshape(self._split()), self._inner), mask) if self.weights != 1 else mask
+        )
 
     def spread(self, mask: jax.Array, like: jax.Array) -> jax.Array:
         """A mask of tiles as one of the weights that it is to lie like."""
@@ -230,7 +233,7 @@ class Tiles:
             return mask
         outer = [n for pair in zip(self.units, (1,) * len(self.shape), strict=True) for n in pair]
         wide = lambda mask: jnp.broadcast_to(mask.reshape(outer), self._split()).reshape(self.shape)
-        return automatic(wide, mask, like=like)
+        return auto_sharded(wide, mask, like=like)
 
     def batch(self, counts: Count) -> Count:
         """One count for each matrix, in order, as `smallest_mask` takes them."""

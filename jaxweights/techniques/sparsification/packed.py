@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_shape
-from jaxweights.numerics import automatic
+from jaxweights.core.checks import check_shape
+from jaxweights.numerics.sharding import auto_sharded
 
 
 def packed_axis(shape: Sequence[int]) -> int:
@@ -77,7 +77,7 @@ def pack_mask(mask: jax.Array) -> jax.Array:
         if n_bytes % devices == 0
         else jax.sharding.PartitionSpec(*(None if a == axis else s for a, s in enumerate(spec)))
     )
-    return automatic(pack, mask, like=like)
+    return auto_sharded(pack, mask, like=like)
 
 
 def unpack_mask(packed: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -108,13 +108,13 @@ def unpack_mask(packed: jax.Array, shape: Sequence[int]) -> jax.Array:
             f"the shape of the mask that pack_mask was given"
         )
     packed = jnp.asarray(packed)
-    return automatic(lambda packed: _unpack(packed, shape), packed, like=packed)
+    return auto_sharded(lambda packed: _unpack(packed, shape), packed, like=packed)
 
 
 def masked(w: jax.Array, packed: jax.Array) -> jax.Array:
     """`w` where its packed mask is true, else 0, in one pass over both."""
     cut = lambda w, packed: jnp.where(_unpack(packed, w.shape), w, jnp.zeros((), w.dtype))
-    return automatic(cut, w, packed, like=w)
+    return auto_sharded(cut, w, packed, like=w)
 
 
 def _unpack(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jaxweights.checks import check_integer, check_scalar
-from jaxweights.transform import Number
+from jaxweights.core.checks import check_integer, check_scalar
+from jaxweights.core.transform import Number
 
 Sparsity = Number | tuple[int, int]
 """The fraction of zeros in [0, 1], or (n, m): of every m consecutive inputs of an output unit, n are kept."""

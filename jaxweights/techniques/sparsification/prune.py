@@ -8,16 +8,17 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes
-from jaxweights.checks import check_scalar, check_state, check_weight
-from jaxweights.numerics import straight_through, where_needed
+from jaxweights.core.axes import Axes
+from jaxweights.core.checks import check_scalar, check_state, check_weight
+from jaxweights.core.transform import Scalar, State, Transform
+from jaxweights.numerics.batching import apply_if
+from jaxweights.numerics.straight_through import straight_through
 from jaxweights.techniques.sparsification import scores
 from jaxweights.techniques.sparsification.distribution import Distribution
 from jaxweights.techniques.sparsification.masks import check_tiling, keep_largest
 from jaxweights.techniques.sparsification.packed import masked, pack_mask, packed_shape, unpack_mask
 from jaxweights.techniques.sparsification.pattern import check_sparsity
 from jaxweights.techniques.sparsification.structure import Structure
-from jaxweights.transform import Scalar, State, Transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Prune(Transform):
         if self.straight_through:
             packed = remake(packed)
         else:
-            packed = where_needed((before["step"] == 0) | (old != new), remake, packed)
+            packed = apply_if((before["step"] == 0) | (old != new), remake, packed)
         return {p: {**s, "mask": packed[p]} for p, s in moved.items()}
 
     def apply(self, w, state):

@@ -7,13 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_integer, check_scalar, check_state
-from jaxweights.numerics import where_needed
+from jaxweights.core.checks import check_integer, check_scalar, check_state
+from jaxweights.core.transform import Scalar, Transform
+from jaxweights.numerics.batching import apply_if
 from jaxweights.techniques.sparsification import scores
 from jaxweights.techniques.sparsification.masks import drop_and_grow
 from jaxweights.techniques.sparsification.packed import pack_mask, packed_shape, unpack_mask
 from jaxweights.techniques.sparsification.prune import Prune
-from jaxweights.transform import Scalar, Transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Regrow(Transform):
             axes = self.start.axes
             return pack_mask(drop_and_grow(mask, drop, grow, fraction, structure=self.start.structure, axes=axes))
 
-        return {**state, "mask": where_needed((step > 0) & (step % self.every == 0), rewire, state["mask"])}
+        return {**state, "mask": apply_if((step > 0) & (step % self.every == 0), rewire, state["mask"])}
 
     def apply(self, w, state):
         """`w` where the mask is true, else 0."""

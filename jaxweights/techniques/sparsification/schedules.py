@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_integer, check_scalar
-from jaxweights.transform import Number
+from jaxweights.core.checks import check_integer, check_scalar
+from jaxweights.core.transform import Number
 
 
 @dataclasses.dataclass(frozen=True)

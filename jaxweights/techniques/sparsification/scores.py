@@ -12,9 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_state, check_weight
-from jaxweights.numerics import automatic, wide
-from jaxweights.transform import State
+from jaxweights.core.checks import check_state, check_weight
+from jaxweights.core.transform import State
+from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.numerics.sharding import auto_sharded
 
 Score = Callable[..., jax.Array]
 """A function of a weight, and of `grad` and `key` if it names them, to an array of the weight's shape."""
@@ -47,7 +48,7 @@ def random(w: jax.Array, key: jax.Array) -> jax.Array:
     >>> random(jnp.ones((2, 3)), jax.random.key(0)).shape
     (2, 3)
     """
-    return automatic(lambda w, key: jax.random.uniform(key, w.shape), check_weight(w), key, like=w)
+    return auto_sharded(lambda w, key: jax.random.uniform(key, w.shape), check_weight(w), key, like=w)
 
 
 def saliency(w: jax.Array, grad: jax.Array) -> jax.Array:
@@ -65,7 +66,7 @@ def saliency(w: jax.Array, grad: jax.Array) -> jax.Array:
     Sensitivity, arXiv:1810.02340, 2018.
     """
     w, grad = check_weight(w), check_weight(grad, "grad")
-    return jnp.abs(w.astype(wide(w.dtype)) * grad.astype(wide(grad.dtype)))
+    return jnp.abs(w.astype(accumulation_dtype(w.dtype)) * grad.astype(accumulation_dtype(grad.dtype)))
 
 
 @functools.lru_cache(maxsize=256)

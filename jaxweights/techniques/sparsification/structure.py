@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
-from jaxweights.axes import Reading
-from jaxweights.checks import check_integer
+from jaxweights.core.axes import Reading
+from jaxweights.core.checks import check_integer
 
 
 class Structure(Protocol):

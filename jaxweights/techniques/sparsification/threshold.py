@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_scalar, check_weight
-from jaxweights.numerics import wide
-from jaxweights.transform import Number, Scalar, Transform
+from jaxweights.core.checks import check_scalar, check_weight
+from jaxweights.core.transform import Number, Scalar, Transform
+from jaxweights.numerics.dtypes import accumulation_dtype
 
 
 def sparsify(w: jax.Array, threshold: Number) -> jax.Array:
@@ -34,7 +34,7 @@ def sparsify(w: jax.Array, threshold: Number) -> jax.Array:
     """
     w = check_weight(w)
     check_scalar("threshold", threshold, 0)
-    tau = jnp.asarray(threshold, wide(w.dtype)).astype(w.dtype)
+    tau = jnp.asarray(threshold, accumulation_dtype(w.dtype)).astype(w.dtype)
     return jnp.where(jnp.abs(w) >= tau, w, jnp.zeros((), w.dtype))
 
 

@@ -1,6 +1,5 @@
-"""Weight clipping and the other projections: of values, norms and sums, to simplex and L1 ball, around a centre."""
+"""Weight clipping and the other projections: of values, norms and sums, to simplex and L1 ball."""
 
-from jaxweights.techniques.weight_clipping.around import Around
 from jaxweights.techniques.weight_clipping.norm import BoundNorm, ClipNorm, bound_norm, clip_norm
 from jaxweights.techniques.weight_clipping.simplex import (
     L1Ball,
@@ -14,7 +13,6 @@ from jaxweights.techniques.weight_clipping.sum import BoundSum, bound_sum
 from jaxweights.techniques.weight_clipping.value import ClipRange, ClipWeights, clip_range, clip_weights
 
 __all__ = [
-    "Around",
     "BoundNorm",
     "BoundSum",
     "ClipNorm",

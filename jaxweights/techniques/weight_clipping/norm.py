@@ -7,10 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading
-from jaxweights.checks import check_order, check_scalar, check_weight
-from jaxweights.numerics import safe_divide, safe_norm
-from jaxweights.transform import Number, Scalar, Transform
+from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.checks import check_order, check_scalar, check_weight
+from jaxweights.core.transform import Number, Scalar, Transform
+from jaxweights.numerics.norms import safe_divide, safe_norm
 
 
 def clip_norm(w: jax.Array, max_norm: Number, *, axes: Axes | None = None) -> jax.Array:

@@ -7,10 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading
-from jaxweights.checks import check_scalar, check_weight
-from jaxweights.numerics import wide
-from jaxweights.transform import Number, Scalar, Transform
+from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.checks import check_scalar, check_weight
+from jaxweights.core.transform import Number, Scalar, Transform
+from jaxweights.numerics.dtypes import accumulation_dtype
 
 
 def project_simplex(w: jax.Array, total: Number = 1.0, *, axes: Axes | None = None) -> jax.Array:
@@ -73,7 +73,7 @@ def project_l1_ball(w: jax.Array, radius: Number, *, axes: Axes | None = None) -
     w = check_weight(w)
     check_scalar("radius", radius, 0)
     over = Reading.of(axes, w.shape).contracted
-    x = w.astype(wide(w.dtype))
+    x = w.astype(accumulation_dtype(w.dtype))
     outside = ~(jnp.sum(jnp.abs(x), over, keepdims=True) <= jnp.asarray(radius, x.dtype))
     return jnp.where(outside, jnp.sign(x) * _simplex(jnp.abs(x), radius, over), x).astype(w.dtype)
 
@@ -94,13 +94,13 @@ def project_l1_sphere(w: jax.Array, radius: Number, *, axes: Axes | None = None)
     w = check_weight(w)
     check_scalar("radius", radius, 0)
     over = Reading.of(axes, w.shape).contracted
-    x = w.astype(wide(w.dtype))
+    x = w.astype(accumulation_dtype(w.dtype))
     return (jnp.where(x < 0, -1, 1) * _simplex(jnp.abs(x), radius, over)).astype(w.dtype)
 
 
 def _simplex(w: jax.Array, total: Number, over: tuple[int, ...]) -> jax.Array:
     """The projection over the axes `over`, in float32 or wider."""
-    x = w.astype(wide(w.dtype))
+    x = w.astype(accumulation_dtype(w.dtype))
     if x.size == 0:
         return x
     total = jnp.asarray(total, x.dtype)

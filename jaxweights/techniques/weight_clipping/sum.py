@@ -8,10 +8,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading
-from jaxweights.checks import check_order, check_scalar, check_weight
-from jaxweights.numerics import safe_divide, wide
-from jaxweights.transform import Number, Scalar, Transform
+from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.checks import check_order, check_scalar, check_weight
+from jaxweights.core.transform import Number, Scalar, Transform
+from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.numerics.norms import safe_divide
 
 
 def bound_sum(
@@ -56,7 +57,7 @@ def bound_sum(
     check_scalar("high", high)
     check_order("low", low, "high", high)
     over = Reading.of(axes, w.shape).contracted
-    x = w.astype(wide(w.dtype))
+    x = w.astype(accumulation_dtype(w.dtype))
     a = jnp.ones((), x.dtype) if normal is None else check_weight(normal, "normal").astype(x.dtype)
     try:
         a = jnp.broadcast_to(a, w.shape)

@@ -8,9 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxweights.checks import check_order, check_scalar, check_weight
-from jaxweights.numerics import wide
-from jaxweights.transform import Number, Scalar, Transform
+from jaxweights.core.checks import check_order, check_scalar, check_weight
+from jaxweights.core.transform import Number, Scalar, Transform
+from jaxweights.numerics.dtypes import accumulation_dtype
 
 
 def clip_weights(w: jax.Array, limit: Number) -> jax.Array:
@@ -38,7 +38,7 @@ def clip_weights(w: jax.Array, limit: Number) -> jax.Array:
     """
     w = check_weight(w)
     check_scalar("limit", limit, 0)
-    c = jnp.asarray(limit, wide(w.dtype)).astype(w.dtype)
+    c = jnp.asarray(limit, accumulation_dtype(w.dtype)).astype(w.dtype)
     return _clip(w, -c, c)
 
 
@@ -69,7 +69,7 @@ def clip_range(w: jax.Array, low: Number = -math.inf, high: Number = math.inf) -
     check_scalar("low", low)
     check_scalar("high", high)
     check_order("low", low, "high", high)
-    low, high = (jnp.asarray(limit, wide(w.dtype)).astype(w.dtype) for limit in (low, high))
+    low, high = (jnp.asarray(limit, accumulation_dtype(w.dtype)).astype(w.dtype) for limit in (low, high))
     return _clip(w, low, high)
 
 
@@ -120,5 +120,5 @@ class ClipRange(Transform):
 
     def anchor(self, w, state):
         """The middle of the range; of a half-line, its infinite end."""
-        low, high = (jnp.asarray(self.value(name, state), wide(w.dtype)) for name in ("low", "high"))
+        low, high = (jnp.asarray(self.value(name, state), accumulation_dtype(w.dtype)) for name in ("low", "high"))
         return jnp.where(jnp.isinf(low) & jnp.isinf(high), 0, low / 2 + high / 2)

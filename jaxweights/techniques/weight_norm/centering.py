@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading
-from jaxweights.checks import check_weight
-from jaxweights.numerics import wide
-from jaxweights.transform import Transform
+from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.checks import check_weight
+from jaxweights.core.transform import Transform
+from jaxweights.numerics.dtypes import accumulation_dtype
 
 
 def center(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
@@ -47,7 +47,7 @@ def center(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
 
 def centered(w: jax.Array, axis: Sequence[int]) -> jax.Array:
     """w − mean(w) over `axis`, in float32 or wider."""
-    x = w.astype(wide(w.dtype))
+    x = w.astype(accumulation_dtype(w.dtype))
     if math.prod(x.shape[a] for a in axis) == 0:
         return x
     # Seen from one of them: the mean of equal weights is then exact, and that of weights about a distant one precise.

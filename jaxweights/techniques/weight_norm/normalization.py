@@ -8,10 +8,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading
-from jaxweights.checks import check_state, check_weight
-from jaxweights.numerics import safe_divide, safe_norm, wide
-from jaxweights.transform import Transform
+from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.checks import check_state, check_weight
+from jaxweights.core.transform import Transform
+from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.numerics.norms import safe_divide, safe_norm
 
 
 def weight_normalize(w: jax.Array, scale: jax.Array | None = None, *, axes: Axes | None = None) -> jax.Array:
@@ -81,7 +82,7 @@ class WeightNorm(Transform):
     def init(self, w, key):
         """The norms of `w`."""
         w = check_weight(w)
-        return {"scale": safe_norm(w, Reading.of(self.axes, w.shape).contracted).astype(wide(w.dtype))}
+        return {"scale": safe_norm(w, Reading.of(self.axes, w.shape).contracted).astype(accumulation_dtype(w.dtype))}
 
     def apply(self, w, state):
         """`weight_normalize(w, scale)`."""

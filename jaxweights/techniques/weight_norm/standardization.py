@@ -9,12 +9,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, Reading
-from jaxweights.checks import check_scalar, check_state, check_weight
-from jaxweights.numerics import safe_divide, safe_norm, wide
+from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.checks import check_scalar, check_state, check_weight
+from jaxweights.core.transform import Number, Transform
+from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.numerics.norms import safe_divide, safe_norm
 from jaxweights.techniques.weight_norm.centering import centered
 from jaxweights.techniques.weight_norm.normalization import check_units
-from jaxweights.transform import Number, Transform
 
 
 def weight_standardize(
@@ -105,7 +106,7 @@ class WeightStandardization(Transform):
             return {}
         contracted = Reading.of(self.axes, w.shape).contracted
         units = tuple(s for a, s in enumerate(w.shape) if a not in contracted)
-        return {"gain": jnp.full(units, self.gain, wide(w.dtype))}
+        return {"gain": jnp.full(units, self.gain, accumulation_dtype(w.dtype))}
 
     def apply(self, w, state):
         """`weight_standardize(w, gain)`."""

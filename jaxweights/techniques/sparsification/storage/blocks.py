@@ -8,9 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes, axes_or_default
-from jaxweights.checks import check_integer
-from jaxweights.stored import nbytes, product
+from jaxweights.core.axes import Axes, axes_or_default
+from jaxweights.core.checks import check_integer
+from jaxweights.core.stored import nbytes, product
 from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, loud
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxweights.axes import Axes
+from jaxweights.core.axes import Axes
 from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, loud
 
 if TYPE_CHECKING:

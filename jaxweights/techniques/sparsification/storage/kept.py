@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxweights.axes import Axes, axes_or_default
-from jaxweights.checks import check_integer, check_weight
+from jaxweights.core.axes import Axes, axes_or_default
+from jaxweights.core.checks import check_integer, check_weight
 
 
 def kept_matrix(w, mask, axes: Axes | None) -> tuple[jax.Array, jax.Array]:

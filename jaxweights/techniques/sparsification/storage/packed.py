@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxweights.axes import Axes, axes_or_default
-from jaxweights.checks import check_integer
-from jaxweights.stored import nbytes, product
+from jaxweights.core.axes import Axes, axes_or_default
+from jaxweights.core.checks import check_integer
+from jaxweights.core.stored import nbytes, product
 from jaxweights.techniques.sparsification.storage.kept import kept_matrix, loud
 
 _TILE = 32  # bytes of codes for each column; with tiles of 8 and of 128 the product of one row took longer on a CPU

@@ -1,0 +1,134 @@
+"""Checks of bad input: the argument, what was got, and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_weight(w, name: str = "w") -> jax.Array:
+    """`w` as a JAX array, or an error unless it is an array of a real floating dtype."""
+    if not isinstance(w, jax.Array | np.ndarray | np.generic | float) or isinstance(w, bool):
+        convert = "for a tree of weights use jaxweights.on_tree, else convert it with jnp.asarray"
+        remedy = f"give its .{name}" if hasattr(w, name) else convert
+        raise TypeError(f"{name} must be a floating-point array, got {type(w).__name__}: {remedy}")
+    dtype = jnp.result_type(w)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must be real, got {dtype}: transform .real and .imag on their own")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be of a floating dtype, got {dtype}: convert it with .astype(jnp.float32)")
+    return jnp.asarray(w)
+
+
+def check_scalar(name: str, value, low: float = -math.inf, high: float = math.inf, *, schedule: bool = False):
+    """Raises unless `value` is a real number in [low, high]; schedules and the values of JAX arrays are taken as is.
+
+    `schedule` says whether a callable is welcome.
+    """
+    kind = "a number or a schedule" if schedule else "a number"
+    if callable(value):
+        if not schedule:
+            raise TypeError(f"{name} must be a number here, got the callable {value!r}: evaluate it at the step first")
+        return
+    if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, np.generic):
+        if value.shape != ():
+            raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}: pass one number")
+        if not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
+            raise TypeError(f"{name} must be {kind}, got an array of dtype {value.dtype}: pass a real number")
+        if isinstance(value, jax.Array):
+            return
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__} {value!r}: pass a real number")
+    if math.isnan(value):
+        raise ValueError(f"{name} must be a number, got NaN: look where it was computed")
+    if not low <= value <= high:
+        bounds = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
+
+
+def check_order(low_name: str, low, high_name: str, high) -> None:
+    """Raises if `low` > `high`, as far as both are known: neither a schedule nor a JAX array."""
+    known = lambda value: not callable(value) and not isinstance(value, jax.Array)
+    if known(low) and known(high) and low > high:
+        raise ValueError(f"{low_name} must be at most {high_name}, got {low!r} and {high!r}: swap them")
+
+
+def check_integer(name: str, value, low: int, high: int | None = None) -> None:
+    """Raises unless `value` is a Python integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}: pass a Python int")
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
+
+
+def check_shape(name: str, shape) -> tuple[int, ...]:
+    """`shape` as a tuple, or an error unless it is a sequence of integers of at least 0."""
+    if isinstance(shape, str | int | float) or not isinstance(shape, Sequence):
+        raise TypeError(f"{name} must be a sequence of integers, got {shape!r}: write (2, 3), or (2,) for one axis")
+    for size in shape:
+        check_integer(f"each size in {name}", size, 0)
+    return tuple(shape)
+
+
+def check_dtype(dtype) -> jnp.dtype:
+    """`dtype` as a dtype, or an error unless it is a real floating one."""
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a real floating dtype, got {dtype}: use jnp.float32")
+    return jnp.dtype(dtype)
+
+
+def check_choice(name: str, value, choices: Sequence[str]) -> None:
+    """Raises unless `value` is one of the strings."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_mask(where, shape: tuple[int, ...]) -> jax.Array:
+    """`where` as a boolean array of as many axes as `shape`, to which it broadcasts, or an error."""
+    kind = getattr(where, "dtype", type(where))
+    if not jnp.issubdtype(kind, jnp.bool_):
+        raise TypeError(f"where must be a boolean array, got {kind}: compare it with a number")
+    got = jnp.shape(where)
+    if len(got) > len(shape) or any(g not in (1, s) for g, s in zip(reversed(got), reversed(shape), strict=False)):
+        raise ValueError(f"where must broadcast to x {shape}, got shape {got}: add axes with [..., None]")
+    return jnp.expand_dims(where, range(len(shape) - len(got)))
+
+
+def check_state(state, **shapes: tuple[int, ...] | None) -> None:
+    """Raises unless `state` is a dict with an array of each name and shape; None is any shape."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be the dict that init returned, got {type(state).__name__}: pass init(w, key)")
+    remedy = "pass the state that init returned for this weight (in Flax Linen, all its collections)"
+    for name, shape in shapes.items():
+        if name not in state:
+            raise ValueError(f"the state has no {name!r}, it has {sorted(state)}: {remedy}")
+        if shape is not None and jnp.shape(state[name]) != shape:
+            raise ValueError(
+                f"the state has {name!r} of shape {jnp.shape(state[name])}, this weight needs {shape}: {remedy}"
+            )
+
+
+@contextlib.contextmanager
+def naming(name: str, path: str):
+    """Adds the name of the transform and the path, if there is one, to the errors of bad input."""
+    if not path:
+        yield
+        return
+    try:
+        yield
+    except KeyError as e:
+        raise ValueError(
+            f"{name} at {path!r}: the state has no {e}. Pass the state that init returned for this tree; "
+            f"for a Linen module, all the collections that it returned"
+        ) from e
+    except (TypeError, ValueError) as e:
+        if type(e) not in (TypeError, ValueError):
+            raise
+        raise type(e)(f"{name} at {path!r}: {e}") from e

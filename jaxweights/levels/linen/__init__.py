@@ -1,0 +1,1 @@
+"""The Linen level: any module with its weights transformed, and the norms as modules."""

@@ -1,0 +1,1 @@
+"""The optax level: projections after the update, optimizers confined to masks, weight decay."""

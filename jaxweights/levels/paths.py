@@ -1,0 +1,163 @@
+"""Paths in trees, and which weights a glob or a predicate selects."""
+
+from __future__ import annotations
+
+import functools
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+T = TypeVar("T")
+Where = str | Sequence[str] | Callable[[str, jax.Array], bool]
+"""A glob on paths, several of them, or a predicate `(path, array) -> bool`."""
+
+STATE = "weight_transform"
+"""The name under which Linen and NNX modules keep the state of their transforms, beside the parameters."""
+
+
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[str], list[Any], Any]:
+    """(paths, leaves, treedef) of any pytree.
+
+    A path joins dictionary keys, indices and attribute names with "/". The array inside a Flax variable or
+    box has the path of the variable: the last ".value" is left out.
+    """
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    return [_join(keys) for keys, _ in keyed], [leaf for _, leaf in keyed], treedef
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether a leaf is an array of a real floating dtype."""
+    return isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def key_of(key: jax.Array, path: str) -> jax.Array:
+    """`key` folded with a hash of the path: it stays the same when other weights join or leave the tree."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def select(
+    paths: Sequence[str],
+    leaves: Sequence[Any],
+    rules: Sequence[tuple[Where | None, T]],
+    where: Where | None = None,
+) -> dict[int, T]:
+    """The value of the first rule that matches each weight, by position; weights without one are left out.
+
+    `None` as a rule matches what `where` allows; `None` as `where` allows weights of two or more axes that are no
+    biases or scales, if a rule matches by None, and every weight that a rule names otherwise. Raises if a glob, or all
+    of it, matches nothing.
+    """
+    weights = [i for i, leaf in enumerate(leaves) if is_weight(leaf)]
+    if where is not None:
+        weights = _matching(weights, paths, leaves, where)
+    chosen: dict[int, T] = {}
+    for pattern, value in rules:
+        if pattern is not None:
+            matched = _matching(weights, paths, leaves, pattern)
+        elif where is not None:
+            matched = weights
+        else:
+            matched = _matrices(weights, paths, leaves)
+            if not matched:
+                default = "floating-point arrays with two or more axes that are no biases or scales"
+                _nothing(f"the default where ({default})", paths, leaves)
+        for i in matched:
+            chosen.setdefault(i, value)
+    return chosen
+
+
+def check_params(name: str, params: Any) -> None:
+    """Raises if an optax transformation was called without the parameters."""
+    if params is None:
+        raise ValueError(f"{name} needs the parameters: call tx.update(grads, state, params)")
+
+
+def check_structure(name: str, what: str, updates: Any, params: Any) -> None:
+    """Every leaf of `updates` must have a parameter of its shape; parameters without one (None, masked) are fine."""
+    paths, leaves, _ = flatten(params)
+    shapes = {p: jnp.shape(a) for p, a in zip(paths, leaves, strict=True)}
+    for path, u in zip(*flatten(updates)[:2], strict=True):
+        if path not in shapes:
+            raise ValueError(f"{name}: {what} has {path!r}, params does not: pass the parameters of these gradients")
+        if jnp.shape(u) != shapes[path]:
+            raise ValueError(
+                f"{name}: {what} at {path!r} has shape {jnp.shape(u)}, params {shapes[path]}: pass the parameters "
+                f"of these gradients"
+            )
+
+
+def check_rules(name: str, rules: Any, form: str) -> None:
+    """Raises unless `rules` is a dict of strings that is not empty."""
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"{name} must be a dict {form}, got {type(rules).__name__}")
+    if not rules:
+        raise ValueError(f"{name} is empty: give {form}")
+    for key in rules:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must be {form}, got the key {key!r}: write it as a string")
+
+
+def _matching(among: list[int], paths: Sequence[str], leaves: Sequence[Any], where: Where) -> list[int]:
+    if callable(where):
+        matched = [i for i in among if where(paths[i], leaves[i])]
+        if not matched:
+            _nothing(f"where={getattr(where, '__name__', where)!r}", paths, leaves)
+        return matched
+    patterns = [where] if isinstance(where, str) else list(where) if isinstance(where, Iterable) else []
+    if not patterns or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"where must be a glob, a list of globs or a predicate (path, array) -> bool, got {where!r}")
+    found: set[int] = set()
+    for pattern in patterns:
+        matches = [i for i in among if _regex(pattern).fullmatch(paths[i])]
+        if not matches:
+            _nothing(f"where={pattern!r}", paths, leaves)
+        found.update(matches)
+    return sorted(found)
+
+
+def _matrices(among: list[int], paths: Sequence[str], leaves: Sequence[Any]) -> list[int]:
+    """The weights of two or more axes, but for the biases and scales, which have as many in a stack of layers.
+
+    Those go by their names, or, as the `weight` of an Equinox norm, by the bias beside it: it has the same shape.
+    """
+    shapes = {paths[i]: leaves[i].shape for i in among}
+    matched = []
+    for i in among:
+        parent, _, name = paths[i].rpartition("/")
+        bias = shapes.get(f"{parent}/bias" if parent else "bias")
+        vector = leaves[i].ndim < 2 or name in ("bias", "scale") or leaves[i].shape == bias
+        if not vector and STATE not in paths[i].split("/"):
+            matched.append(i)
+    return matched
+
+
+def _nothing(what: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    have = [f"{p} {tuple(a.shape)}" for p, a in zip(paths, leaves, strict=True) if is_weight(a)]
+    listing = ", ".join(have[:50]) + (f", and {len(have) - 50} more" if len(have) > 50 else "")
+    raise ValueError(f"{what} selects no weight. The floating-point arrays of this tree are: {listing or 'none'}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _regex(glob: str) -> re.Pattern[str]:
+    """`*` and `?` stay within one component, `**/` is any number of them, none included."""
+    out = ""
+    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[!?[^\]]+\]|.", glob):
+        if token in ("**/", "**", "*", "?"):
+            out += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}[token]
+        elif len(token) > 1:
+            out += token.replace("[!", "[^")
+        else:
+            out += re.escape(token)
+    return re.compile(out)
+
+
+def _join(keys: Sequence[Any]) -> str:
+    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys]
+    if len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and names[-1] == "value":
+        names.pop()
+    return "/".join(names)

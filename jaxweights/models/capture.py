@@ -1,0 +1,92 @@
+"""Statistics of the inputs of every layer, streamed over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sized
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxweights.core.calibration import InputStats, input_stats
+from jaxweights.levels.paths import Where
+from jaxweights.numerics.sharding import auto_sharded
+from jaxweights.programs.contractions import check_found, visit_contractions
+
+
+def capture(
+    f: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    where: Where | None = None,
+    *,
+    second_moment: bool = True,
+    progress: bool = False,
+) -> dict[str, InputStats]:
+    """What each weight is multiplied by, as a function of weights runs over batches of data.
+
+    Every product of matrices and every convolution with a selected weight counts, in whatever library the function is
+    written. One jitted step a batch adds to sums in float32; only they are kept. Where one weight is used in several
+    places, or in every step of a loop, all its inputs count; a stack of layers has statistics for each along the batch
+    axes of the weight.
+
+    Args:
+      f: a function (params, *batch), as in evaluation.
+      params: the tree of weights.
+      batches: an iterable of batches: a tuple of the arguments after `params`, or the one argument.
+      where: the weights to capture, as for `on_tree`; by default those of two or more axes, as far as they are
+        multiplied by data.
+      second_moment: whether to keep E[xxᵀ], which has the square of the size of `x`.
+      progress: whether to show a bar.
+
+    Returns:
+      {path: InputStats} in the order of use.
+
+    Raises:
+      TypeError: `f` is not callable, or `batches` not iterable.
+      ValueError: there are no batches, `where` selects nothing, or a weight that is not multiplied by data: it is not
+        used, or reshaped or sliced before; or no weight at all is.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    >>> dense = lambda params, x: x @ params["kernel"] + params["bias"]
+    >>> stats = capture(dense, params, [jnp.array([[3.0, 6.0]]), jnp.array([[4.0, 8.0]])])
+    >>> print(stats["kernel"].count, stats["kernel"].norm, stats["kernel"].mean_abs)
+    2 [ 5. 10.] [3.5 7. ]
+    """
+    if not callable(f):
+        raise TypeError(f"f must be a function (params, *batch), got {type(f).__name__}: wrap the model in one")
+    if not isinstance(batches, Iterable) or isinstance(batches, jax.Array | np.ndarray | str | dict):
+        raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}: write [batch]")
+
+    def visit(product):
+        stats = lambda x: input_stats(product.inputs(x), product.axes, second_moment=second_moment)
+        return auto_sharded(stats, product.x), product.y
+
+    order: list[str] = []
+
+    def collect(params, batch):
+        stats = visit_contractions(f, params, *batch, visit=visit, where=where)[1]
+        order[:] = stats  # jit sorts the keys of a dict
+        return stats
+
+    step = jax.jit(lambda total, params, batch: jax.tree.map(jnp.add, total, collect(params, batch)))
+    total = None
+    for batch in _shown(batches) if progress else batches:
+        batch = batch if isinstance(batch, tuple) else (batch,)
+        if total is None:
+            shapes = jax.eval_shape(collect, params, batch)
+            check_found("capture", params, where, shapes)
+            total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total = step(total, params, batch)
+    if total is None:
+        raise ValueError("batches is empty: give at least one batch")
+    return {path: total[path] for path in order}
+
+
+def _shown(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches, with a bar of progress."""
+    from rich.progress import track  # Flax brings it; most calls do without
+
+    return track(batches, "capture", total=len(batches) if isinstance(batches, Sized) else None)

@@ -1,0 +1,73 @@
+"""Re-initializing a tree of weights by rules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.core.axes import infer_axes
+from jaxweights.levels.paths import check_rules, flatten, is_weight, key_of, select
+from jaxweights.techniques.initialization import Initializer
+
+
+def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) -> Any:
+    """Draws the weights of a tree anew, by rules on their paths.
+
+    Args:
+      params: any pytree.
+      key: a `jax.random` key; each weight draws from it, folded with a hash of its path, so that what it draws does not
+        change with the rest of the tree.
+      rules: {glob: initializer} of which the first that matches is taken; an initializer is
+        `(key, shape, dtype) -> array`, ours or JAX's. One that takes `axes`, and has not got them by
+        `functools.partial`, is given those that follow from the tree (attention, stacks). Weights that no rule matches
+        are kept.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: the rules are empty, a glob matches nothing, or an initializer returns another shape.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> params = {"dense": {"kernel": jnp.ones((300, 300)), "bias": jnp.ones(300)}}
+    >>> new = reinitialize(params, jax.random.key(0), {"**/kernel": jw.he_normal, "**/bias": jax.nn.initializers.zeros})
+    >>> print(new["dense"]["kernel"].std().round(2), new["dense"]["bias"].sum())
+    0.08 0.0
+    """
+    check_rules("rules", rules, "{glob: initializer}")
+    for glob, rule in rules.items():
+        if not callable(rule):
+            raise TypeError(f"the rule {glob!r} must be an initializer (key, shape, dtype) -> array, got {rule!r}")
+    paths, leaves, treedef = flatten(params)
+    inferred = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
+    for i, initializer in select(paths, leaves, list(rules.items())).items():
+        old = leaves[i]
+        options = {"axes": inferred[paths[i]]} if paths[i] in inferred and _takes_axes(initializer) else {}
+        try:
+            new = initializer(key_of(key, paths[i]), old.shape, old.dtype, **options)
+        except (TypeError, ValueError) as e:
+            if type(e) not in (TypeError, ValueError):
+                raise
+            raise type(e)(f"reinitialize at {paths[i]!r}: {e}") from e
+        if callable(new):
+            raise TypeError(
+                f"reinitialize at {paths[i]!r}: the rule is a factory, it returned a function: call it first"
+            )
+        if jnp.shape(new) != old.shape or jnp.result_type(new) != old.dtype:
+            raise ValueError(
+                f"reinitialize at {paths[i]!r}: the initializer returned {jnp.result_type(new)}{list(jnp.shape(new))}: "
+                f"it must return {old.dtype}{list(old.shape)}"
+            )
+        leaves[i] = new
+    return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def _takes_axes(initializer: Initializer) -> bool:
+    """Whether it has a parameter `axes` that is still open."""
+    parameter = inspect.signature(initializer).parameters.get("axes")
+    return parameter is not None and parameter.default is None

@@ -1,0 +1,1 @@
+"""Mathematics that two techniques or more stand on."""

@@ -1,0 +1,1 @@
+"""Pruning in one shot, with statistics of the inputs of each layer."""

@@ -1,0 +1,80 @@
+"""Wanda: pruning by weights and the size of what they are multiplied by."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.core.axes import Axes, Reading, axes_or_default
+from jaxweights.core.checks import check_weight
+from jaxweights.numerics.counts import fraction_of
+from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.numerics.selection import by_value, smallest_mask
+from jaxweights.numerics.sharding import auto_sharded
+from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity
+
+
+def wanda_mask(w: jax.Array, norm: jax.Array, sparsity: Sparsity, *, axes: Axes | None = None) -> jax.Array:
+    """The mask that keeps, in each output unit, the weights that matter most for its output.
+
+    False where |W_ij|·‖x_i‖₂ is smallest among the inputs i of output j: at round(sparsity·n_in) of them, half a
+    weight rounded up, or at m − n of every m consecutive ones. Of equal scores the first in order goes first.
+
+    Args:
+      w: float array of any shape.
+      norm: ‖x_i‖₂ of each input over the calibration data, float array (*batch, [groups,] rows), as in the `InputStats`
+        that `capture` returns.
+      sparsity: fraction of zeros in [0, 1], a number or a scalar array; or (n, m), to keep n of every m.
+      axes: how `w` is read as a matrix, (..., in, out) by default. `InputStats` has it.
+
+    Returns:
+      Boolean array of the shape of `w`, true where a weight is kept. A score of NaN ranks above infinity.
+
+    Raises:
+      TypeError: `w` or `norm` is not a float array, or `sparsity` is of the wrong kind.
+      ValueError: a shape or `axes` does not fit, or `sparsity` is out of range.
+
+    >>> import jax.numpy as jnp
+    >>> w = jnp.array([[3.0, 1.0], [2.0, -2.0]])
+    >>> print(wanda_mask(w, jnp.array([1.0, 5.0]), 0.5))
+    [[False False]
+     [ True  True]]
+
+    References: Sun, Liu, Bair and Kolter, A Simple and Effective Pruning Approach for Large Language Models,
+    arXiv:2306.11695, 2023.
+    """
+    w, norm = check_weight(w), check_weight(norm, "norm")
+    axes = axes_or_default(axes, w.ndim)
+    *batch, rows, _ = jax.eval_shape(axes.matrix, w).shape
+    check_sparsity(sparsity, rows)
+    if norm.shape != (*batch, rows):
+        raise ValueError(
+            f"norm must have shape {(*batch, rows)} for a weight of shape {w.shape}, got {norm.shape}: take it, and "
+            f"axes, from what capture returns for this weight"
+        )
+
+    return auto_sharded(lambda w, norm: _mask(w, norm, axes, sparsity), w, norm, like=w)
+
+
+def _mask(w: jax.Array, norm: jax.Array, axes: Axes, sparsity: Sparsity) -> jax.Array:
+    shape = w.shape
+    w, r = Reading.of(axes, shape).split_groups(w)
+    scores = jnp.abs(w).astype(accumulation_dtype(w.dtype)) * _laid_out(
+        norm.astype(accumulation_dtype(norm.dtype)), r, w.shape
+    )
+    if not isinstance(sparsity, tuple):
+        n_inputs = math.prod(w.shape[a] for a in r.contracted)
+        return ~smallest_mask(scores, fraction_of(sparsity, n_inputs), axis=r.contracted).reshape(shape)
+    n, m = sparsity
+    matrix = axes.matrix(scores.reshape(shape))
+    groups = matrix.reshape(*matrix.shape[:-2], -1, m, matrix.shape[-1])
+    return axes.weight((~smallest_mask(groups, m - n, axis=(-2,), rank=by_value)).reshape(matrix.shape), shape)
+
+
+def _laid_out(rows: jax.Array, r: Reading, shape: tuple[int, ...]) -> jax.Array:
+    """An array (*batch, rows) as one that broadcasts to a weight of this shape."""
+    order = (*r.batch, *r.contracted)
+    laid = jnp.transpose(rows.reshape([shape[a] for a in order]), [order.index(a) for a in sorted(order)])
+    return jnp.expand_dims(laid, r.output)

@@ -1,0 +1,7 @@
+"""Weight sharing: many positions of a weight, few values behind them."""
+
+from jaxweights.techniques.weight_sharing.clustering import cluster
+from jaxweights.techniques.weight_sharing.indices import conv_index, hash_index
+from jaxweights.techniques.weight_sharing.sharing import ShareWeights, share
+
+__all__ = ["ShareWeights", "cluster", "conv_index", "hash_index", "share"]

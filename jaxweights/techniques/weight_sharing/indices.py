@@ -1,0 +1,97 @@
+"""Indices that say which positions of a weight share a value: of convolutions, and by a hash."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxweights.core.checks import check_integer, check_shape
+from jaxweights.core.convolution import Convolution, Padding
+
+
+def conv_index(
+    kernel_shape: Sequence[int],
+    input_shape: Sequence[int],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+) -> np.ndarray:
+    """The index that makes a convolution a matrix with shared weights.
+
+    `x.ravel() @ share(kernel.ravel(), conv_index(kernel.shape, x.shape))` is the raveled output of
+    `lax.conv_general_dilated` on one image: one kernel, shared by all positions. Entries that no kernel weight
+    reaches are −1, so `share` makes them 0.
+
+    Args:
+      kernel_shape: (*window, in, out), as Flax has it (HWIO).
+      input_shape: (*space, in), as Flax has it (HWC).
+      strides: one for all axes, or one per axis of the window.
+      padding: "SAME", "VALID", "CIRCULAR", or (before, after) per axis of the window.
+
+    Returns:
+      int32 numpy array, shape (input size, output size): a constant, to be computed once.
+
+    Raises:
+      TypeError: a shape or stride is not made of integers.
+      ValueError: the shapes do not fit, a stride is less than 1, or `padding` is unknown.
+
+    >>> conv_index((2, 1, 1), (3, 1), padding="VALID")      # a window of two over three positions
+    array([[ 0, -1],
+           [ 1,  0],
+           [-1,  1]], dtype=int32)
+
+    References: LeCun et al., Backpropagation Applied to Handwritten Zip Code Recognition, Neural
+    Computation 1989.
+    """
+    conv = Convolution.of(kernel_shape, input_shape, strides=strides, padding=padding)
+    space, out_space = conv.input_shape[:-1], conv.output_shape[:-1]
+    if conv.circular and any(k > n for k, n in zip(conv.window, space, strict=True)):
+        raise ValueError(
+            f"a window of {conv.window} meets itself around an image of {space}, where one position needs the sum of "
+            f"two weights: use a smaller window"
+        )
+    index = np.full((*space, conv.input_shape[-1], *conv.output_shape), -1, np.int32)
+    weights = np.arange(math.prod(kernel_shape), dtype=np.int32).reshape(kernel_shape)
+    for position in itertools.product(*map(range, out_space)):
+        for offset in itertools.product(*map(range, conv.window)):
+            steps = zip(position, conv.strides, conv.pads, offset, space, strict=True)
+            source = tuple((o * s - p[0] + k) % n if conv.circular else o * s - p[0] + k for o, s, p, k, n in steps)
+            if all(0 <= i < n for i, n in zip(source, space, strict=True)):
+                index[(*source, slice(None), *position, slice(None))] = weights[offset]
+    return index.reshape(math.prod(input_shape), -1)
+
+
+def hash_index(shape: Sequence[int], n: int, seed: int = 0) -> np.ndarray:
+    """Assigns each position of a weight to one of `n` buckets by a hash.
+
+    index[i] = h(i, seed) mod n with a fixed 32-bit mixing function h: the same on every machine.
+
+    Args:
+      shape: shape of the weight.
+      n: number of buckets, at least 1.
+      seed: integer that picks the hash function.
+
+    Returns:
+      int32 numpy array of the given shape.
+
+    Raises:
+      TypeError: `n`, `seed` or a size in `shape` is not an integer.
+      ValueError: `n` is less than 1 or above 2³¹ − 1, or `seed` negative.
+
+    >>> hash_index((2, 4), 3).shape
+    (2, 4)
+
+    References: Chen, Wilson, Tyree, Weinberger and Chen, Compressing Neural Networks with the Hashing Trick,
+    arXiv:1504.04788, 2015.
+    """
+    shape = check_shape("shape", shape)
+    check_integer("n", n, 1, 2**31 - 1)
+    check_integer("seed", seed, 0)
+    h = np.arange(math.prod(shape), dtype=np.uint64) + np.uint64(int(seed) * 0x9E3779B97F4A7C15 % 2**64)
+    for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):  # splitmix64
+        h = (h ^ (h >> np.uint64(shift))) * np.uint64(multiplier)
+    h ^= h >> np.uint64(31)
+    return (h % np.uint64(n)).astype(np.int32).reshape(shape)

@@ -1,0 +1,99 @@
+"""Shared weights: looked up in a codebook, and as a transform that averages what shares a value."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxweights.core.checks import check_integer, check_state, check_weight
+from jaxweights.core.transform import Transform
+from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.numerics.sharding import auto_sharded
+from jaxweights.techniques.weight_sharing.clustering import cluster, group_means
+from jaxweights.techniques.weight_sharing.indices import hash_index
+
+
+def share(codebook: jax.Array, index: jax.Array) -> jax.Array:
+    """The weight whose entries are looked up in a codebook.
+
+    w'[i] = codebook[index[i]], and 0 where index[i] is −1. The gradient of a codebook entry is the sum of the
+    gradients of all positions that share it.
+
+    Args:
+      codebook: float array, shape (n,).
+      index: integer array of any shape, with entries from −1 to n − 1. Others, which only run time can
+        see, give NaN.
+
+    Returns:
+      Array of the shape of `index` and the dtype of `codebook`.
+
+    Raises:
+      TypeError: `codebook` is not a float array or `index` not an integer array.
+      ValueError: `codebook` is not one-dimensional, or empty.
+
+    >>> import jax.numpy as jnp
+    >>> print(share(jnp.array([0.5, 2.0]), jnp.array([[0, 1], [1, -1]])))
+    [[0.5 2. ]
+     [2.  0. ]]
+
+    References: Nowlan and Hinton, Simplifying Neural Networks by Soft Weight-Sharing, Neural Computation 1992.
+    """
+    codebook = check_weight(codebook, "codebook")
+    if codebook.ndim != 1 or codebook.size == 0:
+        raise ValueError(f"codebook must be one-dimensional and not empty, got shape {codebook.shape}: ravel it")
+    kind = jnp.result_type(index) if isinstance(index, jax.Array | np.ndarray | np.generic | int) else type(index)
+    if not jnp.issubdtype(kind, jnp.integer):
+        raise TypeError(f"index must be an integer array, got {kind}: use cluster or conv_index")
+    index = jnp.asarray(index, jnp.int32)  # in a narrow or unsigned dtype the comparisons below would wrap around
+    # A gather wraps −1 to the last entry, so that position must be set apart.
+    looked_up = codebook.at[jnp.where(index < -1, codebook.size, index)].get(mode="fill", fill_value=jnp.nan)
+    return jnp.where(index == -1, jnp.zeros((), codebook.dtype), looked_up)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShareWeights(Transform):
+    """Makes a weight have at most `n` distinct values: w'[i] = mean of the weights in the group of i.
+
+    The groups are fixed when the state is made: by value (k-means, `cluster`), or at random by a hash of the
+    position if `seed` is given (`hash_index`). The mean is the orthogonal projection on weights that are
+    shared, so that after `optax` updates the members of a group still are equal, and each receives the mean
+    gradient of its group.
+
+    State: `index`, int32, the shape of `w`: the group of each weight.
+
+    >>> import jax, jax.numpy as jnp
+    >>> w, t = jnp.array([0.0, 0.25, 1.0, 1.25]), ShareWeights(2)
+    >>> print(t.apply(w, t.init(w, jax.random.key(0))))
+    [0.125 0.125 1.125 1.125]
+
+    References: Han, Mao and Dally, arXiv:1510.00149, 2015; Chen et al., arXiv:1504.04788, 2015.
+    """
+
+    n: int
+    seed: int | None = None
+
+    def __post_init__(self):
+        check_integer("n", self.n, 1, 2**31 - 1)
+        if self.seed is not None:
+            check_integer("seed", self.seed, 0)
+
+    def init(self, w, key):
+        """The group of each weight."""
+        w = check_weight(w)
+        index = cluster(w, self.n)[1] if self.seed is None else jnp.asarray(hash_index(w.shape, self.n, self.seed))
+        return {"index": index}
+
+    def apply(self, w, state):
+        """The mean of each group, at each of its positions."""
+        w = check_weight(w)
+        check_state(state, index=w.shape)
+
+        def average(w, index):
+            x = w.astype(accumulation_dtype(w.dtype))
+            rough = group_means(x, index, jnp.zeros(self.n, x.dtype))
+            return share(group_means(x, index, jax.lax.stop_gradient(rough)), index).astype(w.dtype)
+
+        return auto_sharded(average, w, state["index"], like=w)

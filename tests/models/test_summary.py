@@ -1,0 +1,110 @@
+"""Summaries of trees, against numpy."""
+
+import io
+import math
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+import jaxweights as jw
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_a_row_is_what_numpy_says():
+    w = np.round(normal(8, 6), 1) * (normal(8, 6, seed=1) > 0)
+    (row,) = jw.summarize({"layer": {"kernel": jnp.asarray(w)}}).rows
+    assert row[:4] == ("layer/kernel", (8, 6), "float32", 192)
+    assert row.density == np.mean(w != 0) and row.values == len(set(w.ravel().tolist()))
+    assert row.sigma == pytest.approx(np.linalg.svd(np.float64(w))[1][0], rel=1e-6)
+    assert row.norm == pytest.approx(math.sqrt((np.float64(w) ** 2).sum()))
+
+
+@pytest.mark.parametrize(
+    ("kept", "pattern"),
+    [
+        ([1, 0, 1, 0], "1:2"),
+        ([1, 1, 0, 0], "2:4"),
+        ([0, 0, 0, 1], "1:4"),
+        ([1, 1, 1, 0], None),
+        ([0, 0, 0, 0], None),
+        ([1, 1, 0], None),
+        ([1, 1, 1, 0, 0, 0, 0, 0], "3:8"),
+    ],
+)
+def test_patterns_along_the_input(kept, pattern):
+    w = np.repeat(np.float32(kept * 2)[:, None], 3, 1)
+    assert jw.summarize([jnp.asarray(w)]).rows[0].pattern == pattern
+
+
+def test_few_scattered_entries_have_no_pattern():
+    """Of every 16 there happen to be at most 8, but that is not what makes 5% of them."""
+    w = np.random.default_rng(0).random((320, 20)) < 0.05
+    assert jw.summarize([jnp.asarray(w, jnp.float32)]).rows[0].pattern is None
+
+
+def test_weights_are_read_as_the_tree_says():
+    """The heads of attention, and the layers of a stack."""
+    model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
+    params = model.init(jax.random.key(0), jnp.ones((1, 3, 6)))["params"]
+    rows = {r.path: r for r in jw.summarize(params).rows}
+    for name, shape in (("query", (6, 8)), ("out", (8, 6))):
+        w = np.asarray(params[name]["kernel"]).reshape(shape)
+        assert rows[f"{name}/kernel"].sigma == pytest.approx(np.linalg.norm(w, 2), rel=1e-5)
+    stack = {"kernel": jnp.asarray(normal(3, 4, 5)), "bias": jnp.zeros((3, 5))}
+    largest = np.linalg.norm(np.asarray(stack["kernel"]), 2, (1, 2)).max()
+    assert {r.path: r.sigma for r in jw.summarize(stack).rows}["kernel"] == pytest.approx(largest, rel=1e-5)
+
+
+def test_stored_weights_show_what_they_store():
+    w = np.tile(np.float32([[1], [-2], [0], [0]]), (4, 32))
+    tree = {
+        "packed": jw.sparse.pack(jnp.asarray(w)),
+        "blocks": jw.sparse.pack_blocks(jnp.asarray(w), block=(4, 4)),
+        "codes": jw.quantize(jnp.asarray(w), 8),
+        "coordinates": jw.sparse.to_bcoo(jnp.asarray(w)),
+        "dense": jnp.asarray(w, jnp.bfloat16),
+    }
+    summary = jw.summarize(tree)
+    rows = {r.path: r for r in summary.rows}
+    for path, row in rows.items():
+        assert row.nbytes == sum(a.nbytes for a in jax.tree.leaves(tree[path]))
+        assert row[1] == (16, 32) and row.density == 0.5 and row.pattern == "2:4"
+        assert row.values == 3 and row.sigma == pytest.approx(np.linalg.norm(w, 2), rel=0.01)
+    assert rows["packed"].form == "PackedArray" and rows["dense"].form == "bfloat16"
+    assert summary.nbytes == sum(r.nbytes for r in summary.rows)
+    assert summary.size == 5 * 512 and summary.density == 0.5
+    assert summary.norm == pytest.approx(np.linalg.norm(w) * math.sqrt(5), rel=0.01)
+
+
+def test_any_tree_and_where():
+    linear = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    assert [r.path for r in jw.summarize(nnx.state(linear)).rows] == ["bias", "kernel"]
+    assert [r.path for r in jw.summarize(nnx.state(linear), "kernel").rows] == ["kernel"]
+    module = eqx.nn.Linear(3, 4, key=jax.random.key(0))
+    assert [r.path for r in jw.summarize((module, None, 3)).rows] == ["0/weight", "0/bias"]
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 1e30])
+def test_any_values(value):
+    (row,) = jw.summarize([jnp.full((4, 4), value)]).rows
+    assert row.values == 1 and row.density == (value != 0)
+    assert np.isfinite(row.sigma) == np.isfinite(value)
+    (nothing,) = jw.summarize([jnp.zeros((0, 4))]).rows
+    assert nothing[4:] == (0, None, 0, 0, 0)
+
+
+def test_it_prints_as_a_table():
+    summary = jw.summarize({"kernel": jnp.asarray(normal(4, 3)), "bias": jnp.zeros(3)})
+    out = io.StringIO()
+    Console(file=out, width=100).print(summary)
+    for text in (out.getvalue(), str(summary)):
+        assert "kernel" in text and "4×3" in text and "80.0%" in text and "15 entries" in text

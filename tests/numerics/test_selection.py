@@ -1,0 +1,167 @@
+"""Exact selection against NumPy's stable argsort, its program on a mesh, and its memory."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from x64 import enable_x64
+
+from jaxweights.numerics import selection
+from jaxweights.numerics.counts import count
+from jaxweights.numerics.selection import by_magnitude, by_value, smallest_mask, smallest_masks
+
+FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
+RANKS = [by_magnitude, by_value]
+named = {"ids": lambda x: getattr(x, "__name__", str(x))}
+
+
+def argsort_rule(x, k, rank=by_magnitude):
+    """The k smallest of each row, ties by index, NaN last."""
+    x = np.asarray(x, np.float64)
+    order = np.argsort(np.abs(x) if rank is by_magnitude else x, axis=-1, kind="stable")
+    places = np.empty_like(order)
+    np.put_along_axis(places, order, np.broadcast_to(np.arange(x.shape[-1]), x.shape), -1)
+    return places < np.reshape(k, (-1, 1))
+
+
+def rows(dtype, n, cases=10_000):
+    """Rows of every kind: normal at all scales, of few values, of special values, constant."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(cases, n)) * 10.0 ** rng.integers(-3, 3, (cases, 1))
+    x[cases // 4 :] = rng.integers(-2, 3, (len(x[cases // 4 :]), n))
+    special = [np.nan, -np.nan, 0.0, -0.0, 1.0, -1.0, 2.0**-6]
+    if dtype != jnp.float8_e4m3fn:
+        special += [np.inf, -np.inf, float(jnp.finfo(dtype).smallest_subnormal)]
+    x[cases // 2 : -99] = rng.choice(special, (len(x[cases // 2 : -99]), n))
+    x[-99:] = rng.choice(special, (99, 1))
+    k = rng.integers(0, n + 1, cases)
+    k[::10], k[1::10] = 0, n
+    return np.asarray(x).astype(dtype), k
+
+
+@pytest.mark.parametrize("dtype", FLOATS, **named)
+@pytest.mark.parametrize("rank", RANKS, **named)
+def test_ten_thousand_cases_are_the_argsort_rule(dtype, rank):
+    x, k = rows(dtype, 48)
+    expected = argsort_rule(x, k, rank)
+    got = jax.jit(jax.vmap(lambda x, k: smallest_mask(x, k, rank=rank)))(jnp.asarray(x), jnp.asarray(k))
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("n", [1, 8, 37])
+@pytest.mark.parametrize("rank", RANKS, **named)
+def test_along_axes_is_one_selection_for_each_index_of_the_others(rank, n):
+    """A few entries, which are compared with each other, and more, of eight-bit floats too; the axes in any place."""
+    for dtype in (jnp.float32, jnp.float8_e4m3fn):
+        x, k = rows(dtype, n, 500)
+        expected = argsort_rule(x, k, rank)
+        select = jax.jit(lambda x, k, axis: smallest_mask(x, k, axis=axis, rank=rank), static_argnums=2)
+        np.testing.assert_array_equal(select(jnp.asarray(x), jnp.asarray(k)[:, None], (1,)), expected)
+        np.testing.assert_array_equal(select(jnp.asarray(x.T), jnp.asarray(k)[None], (0,)), expected.T)
+        blocks, counts = jnp.asarray(x).reshape(10, 50, n, 1), jnp.asarray(k).reshape(10, 50, 1, 1)
+        got = select(blocks.transpose(0, 2, 1, 3), counts.transpose(0, 2, 1, 3), (1, -1))
+        np.testing.assert_array_equal(got, expected.reshape(10, 50, n, 1).transpose(0, 2, 1, 3))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, **named)
+@pytest.mark.parametrize("shape", [(1000, 1024), (3, 3, 64, 256), (7, 1, 129), (65536,)], ids=str)
+def test_of_arrays_whose_axes_are_split(shape, dtype):
+    x = np.random.default_rng(0).normal(size=shape).round(2).astype(dtype)  # many ties at each magnitude
+    for k in (1, x.size // 3, x.size - 1):
+        np.testing.assert_array_equal(np.ravel(smallest_mask(jnp.asarray(x), k)), argsort_rule(x.reshape(1, -1), k)[0])
+
+
+def test_of_several_arrays_is_that_of_one():
+    rng = np.random.default_rng(0)
+    xs = [rng.normal(size=(3, 4)), rng.integers(-2, 3, (2, 5)), rng.normal(size=()), np.zeros((0, 3)), np.ones(7)]
+    xs = [
+        np.asarray(x, d)
+        for x, d in zip(xs, [np.float32, jnp.bfloat16, np.float32, np.float16, np.float16], strict=True)
+    ]
+    every = np.concatenate([np.asarray(x, np.float32).ravel() for x in xs])
+    for rank in RANKS:
+        select = jax.jit(lambda k, rank=rank: smallest_masks(list(map(jnp.asarray, xs)), k, rank=rank))
+        for k in range(len(every) + 1):
+            masks = select(k)
+            assert [m.shape for m in masks] == [x.shape for x in xs]
+            expected = argsort_rule(every[None], k, rank)[0]
+            np.testing.assert_array_equal(np.concatenate(list(map(np.ravel, masks))), expected)
+    assert smallest_masks([], 0) == []
+    half, brain = jnp.float16([1.0, 300.0]), jnp.bfloat16([1.0078125, 2.0])
+    np.testing.assert_array_equal(smallest_masks([half, brain], 3), [[True, False], [True, True]])
+
+
+def test_float64():
+    with enable_x64(True):
+        x = np.concatenate([1 + np.random.default_rng(0).normal(size=50) * 1e-12, [0, 0, np.nan, np.inf]])
+        for k in (0, 1, 3, 25, 53, 54):
+            np.testing.assert_array_equal(smallest_mask(jnp.asarray(x), k), argsort_rule(x[None], k)[0])
+
+
+def test_scalars_nothing_and_counts_out_of_range():
+    assert not smallest_mask(jnp.float32(2), 0) and smallest_mask(jnp.float32(2), 1)
+    assert smallest_mask(jnp.zeros((0, 3)), 0).shape == (0, 3)
+    assert smallest_mask(jnp.zeros((3, 0)), 0, axis=(1,)).shape == (3, 0)
+    x = jnp.array([3.0, jnp.nan, 1.0])
+    assert smallest_mask(x, 9).all() and not smallest_mask(x, jnp.int32(-1)).any()
+
+
+# Size
+
+
+def test_counts_past_32_bits():
+    """Of a virtual array of 70,000 x 65,536 entries: only its indices are looked at, none of them stored."""
+
+    def counts():
+        pool = selection._Pool(jnp.zeros((70_000, 65_536)), (0, 1))
+        row = jax.lax.broadcasted_iota(jnp.uint32, pool.x.shape, 0)  # in 16ths of 70,000
+        return pool.count([row < 15, row < 16])
+
+    fewer, every = jax.jit(counts)()
+    assert int(every.hi) * 2**32 + int(every.lo) == 70_000 * 65_536
+    assert int(fewer.hi) * 2**32 + int(fewer.lo) == 70_000 * 65_536 * 15 // 16
+
+
+@pytest.mark.parametrize("shape", [(3_000_000_000,), (99_999, 65_535), (2**20, 2**17)], ids=str)
+def test_arrays_past_32_bits_compile(shape):
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    k = count(2**31 + 5)
+    compiled = jax.jit(lambda x: smallest_mask(x, k)).lower(x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * 2 * x.size
+
+
+# Programs
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], **named)
+@pytest.mark.parametrize("rank", RANKS, **named)
+@pytest.mark.parametrize("shape", [(1024, 1025), (3, 3, 512, 256)], ids=str)
+def test_temporary_memory_is_at_most_twice_the_array(shape, rank, dtype):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    compiled = jax.jit(lambda x: smallest_mask(x, 1000, rank=rank)).lower(x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * x.size * x.dtype.itemsize
+
+
+def collectives(hlo):
+    """(kind, shape) of each operation between devices."""
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+    return [(kind, shape) for shape, kind in re.findall(rf"= (\S+|\([^)]*\)) ({kinds})(?:-start)?\(", hlo)]
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_on_a_mesh_only_sums_of_counts_cross_devices(kind):
+    """As many and as large, whatever the size of the array."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType[kind],) * 2)
+    found = []
+    for shape in [(256, 512), (1024, 2048)]:
+        x = np.random.default_rng(0).normal(size=shape).astype(np.float32).round(2)
+        placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("x", "y")))
+        compiled = jax.jit(lambda x: smallest_mask(x, x.size // 2)).lower(placed).compile()
+        found.append(collectives(compiled.as_text()))
+        np.testing.assert_array_equal(compiled(placed).ravel(), argsort_rule(x.reshape(1, -1), x.size // 2)[0])
+        assert compiled.output_shardings.is_equivalent_to(placed.sharding, 2)
+    assert {kind for kind, _ in found[0]} == {"all-reduce"}
+    assert sorted(found[0]) == sorted(found[1])
