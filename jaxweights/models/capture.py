@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import jax
@@ -12,7 +12,9 @@ import numpy as np
 from jaxweights.core.calibration import InputStats, input_stats
 from jaxweights.levels.paths import Where
 from jaxweights.numerics.sharding import auto_sharded
-from jaxweights.programs.contractions import check_found, visit_contractions
+from jaxweights.programs.contractions.contraction import Contraction
+from jaxweights.programs.contractions.found import zeros_like
+from jaxweights.programs.contractions.visit import check_found, visit_contractions
 
 
 def capture(
@@ -60,29 +62,32 @@ def capture(
     if not isinstance(batches, Iterable) or isinstance(batches, jax.Array | np.ndarray | str | dict):
         raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}: write [batch]")
 
-    def visit(product):
-        stats = lambda x: input_stats(product.inputs(x), product.axes, second_moment=second_moment)
+    def visit(product: Contraction) -> tuple[InputStats, jax.Array]:
+        def stats(x: jax.Array) -> InputStats:
+            return input_stats(product.inputs(x), product.axes, second_moment=second_moment)
+
         return auto_sharded(stats, product.x), product.y
 
-    order: list[str] = []
-
-    def collect(params, batch):
-        stats = visit_contractions(f, params, *batch, visit=visit, where=where)[1]
-        order[:] = stats  # jit sorts the keys of a dict
+    def collect(params: Any, batch: tuple[Any, ...]) -> Mapping[str, InputStats]:
+        _, stats = visit_contractions(f, params, *batch, visit=visit, where=where)
         return stats
 
-    step = jax.jit(lambda total, params, batch: jax.tree.map(jnp.add, total, collect(params, batch)))
+    @jax.jit
+    def step(total: dict[str, InputStats], params: Any, batch: tuple[Any, ...]) -> dict[str, InputStats]:
+        return jax.tree.map(jnp.add, total, dict(collect(params, batch)))
+
+    shapes: Mapping[str, InputStats] = {}
     total = None
     for batch in _shown(batches) if progress else batches:
         batch = batch if isinstance(batch, tuple) else (batch,)
         if total is None:
             shapes = jax.eval_shape(collect, params, batch)
             check_found("capture", params, where, shapes)
-            total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            total = zeros_like(dict(shapes))
         total = step(total, params, batch)
     if total is None:
         raise ValueError("batches is empty: give at least one batch")
-    return {path: total[path] for path in order}
+    return {path: total[path] for path in shapes}  # jit has sorted the keys of `total`
 
 
 def _shown(batches: Iterable[Any]) -> Iterable[Any]:

@@ -15,8 +15,8 @@ from jaxweights.core.axes import Axes, Reading
 from jaxweights.levels.paths import Where, flatten
 from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.numerics.moments import moments
-from jaxweights.programs.contractions import check_found, visit_contractions
-from jaxweights.programs.products import Contraction
+from jaxweights.programs.contractions.contraction import Contraction
+from jaxweights.programs.contractions.visit import check_found, visit_contractions
 
 
 def data_dependent_init(
@@ -68,7 +68,8 @@ def data_dependent_init(
 
     def found(shifted, leaves):
         visit = functools.partial(_standardize, shifted=shifted, per_unit=per_unit)
-        return visit_contractions(f, treedef.unflatten(leaves), *batch, visit=visit, where=where)[1]
+        _, scalings = visit_contractions(f, treedef.unflatten(leaves), *batch, visit=visit, where=where)
+        return scalings
 
     scalings = jax.eval_shape(lambda leaves: found({}, leaves), leaves)
     check_found("data_dependent_init", params, where, scalings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,10 +81,10 @@ def mask_units(params: Any, keep: Mapping[UnitGroup, jax.Array]) -> Any:
      [1. 0. 1.]] [1. 0. 1.]
     """
     paths, leaves, treedef = flatten(params)
-    for i, axis, kept in _cuts(paths, leaves, keep):
-        a = leaves[i]
-        along = jnp.expand_dims(kept, [j for j in range(a.ndim) if j != axis])
-        leaves[i] = jnp.where(along, a, jnp.zeros((), a.dtype))
+    for cut in _cuts(paths, leaves, keep):
+        a = leaves[cut.leaf]
+        along = jnp.expand_dims(cut.kept, [j for j in range(a.ndim) if j != cut.axis])
+        leaves[cut.leaf] = jnp.where(along, a, jnp.zeros((), a.dtype))
     return jax.tree_util.tree_unflatten(treedef, leaves)
 
 
@@ -123,13 +123,21 @@ def remove_units(params: Any, keep: Mapping[UnitGroup, jax.Array]) -> Any:
         if not np.any(mask):
             raise ValueError(f"keep removes all {group.size} units of {group.name!r}: keep at least one")
         _check_siblings(group, paths, leaves)
-    for i, axis, kept in cuts:
-        leaves[i] = jnp.take(leaves[i], np.flatnonzero(kept), axis)
+    for cut in cuts:
+        leaves[cut.leaf] = jnp.take(leaves[cut.leaf], np.flatnonzero(cut.kept), cut.axis)
     return jax.tree_util.tree_unflatten(treedef, leaves)
 
 
-def _cuts(paths: list[str], leaves: list[Any], keep: Any) -> list[tuple[int, int, Any]]:
-    """(leaf, axis, which entries along it stay), once for each axis."""
+class _Cut(NamedTuple):
+    """Which entries along one axis of a leaf stay."""
+
+    leaf: int
+    axis: int
+    kept: Any
+
+
+def _cuts(paths: list[str], leaves: list[Any], keep: Any) -> list[_Cut]:
+    """What is cut, once for each axis."""
     if not isinstance(keep, Mapping):
         raise TypeError(f"keep must be a dict {{UnitGroup: boolean array}}, got {type(keep).__name__}")
     position = {p: i for i, p in enumerate(paths)}
@@ -146,12 +154,15 @@ def _cuts(paths: list[str], leaves: list[Any], keep: Any) -> list[tuple[int, int
             a = leaf_of(slot, position, leaves)
             place = position[slot.path], slot.axis % max(a.ndim, 1)
             cuts[place] = cuts.get(place, True) & mask[group.entries(slot, a.shape)]
-    return [(i, axis, kept) for (i, axis), kept in cuts.items()]
+    return [_Cut(leaf, axis, kept) for (leaf, axis), kept in cuts.items()]
 
 
 def _check_siblings(group: UnitGroup, paths: list[str], leaves: list[Any]) -> None:
     """Raises if a vector beside an array that makes the units has as many entries and is left out."""
-    parent = lambda path: path.rpartition("/")[0]
+
+    def parent(path: str) -> str:
+        return path.rpartition("/")[0]
+
     shapes = {p: jnp.shape(a) for p, a in zip(paths, leaves, strict=True)}
     makers = {parent(s.path): shapes[s.path][s.axis] for s in group.slots if not s.reads}
     named = {s.path for s in group.slots}

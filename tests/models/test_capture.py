@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxweights as jw
 from jaxweights.core.axes import Reading
-from jaxweights.programs.contractions import visit_contractions
+from jaxweights.programs.contractions.visit import visit_contractions
 
 
 def normal(*shape, seed=0):

@@ -51,6 +51,13 @@ def capture(
         raise TypeError(f"model must be a linen.Module, got {model!r}: NNX has nnx.capture, others jaxweights.capture")
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise TypeError('variables must be the collections of the module, "params" among them: pass what init returned')
-    run = nn.apply(call or (lambda module, *batch: module(*batch)), model)
-    apply = lambda params, *batch: run({**variables, "params": params}, *batch)
+    run = nn.apply(call or _call, model)
+
+    def apply(params: Any, *batch: Any) -> Any:
+        return run({**variables, "params": params}, *batch)
+
     return capture_function(apply, variables["params"], batches, where, second_moment=second_moment, progress=progress)
+
+
+def _call(module: Any, *batch: Any) -> Any:
+    return module(*batch)

@@ -52,6 +52,13 @@ def capture(
             f"model must be an nnx.Module, got {model!r}: Linen has linen.capture, others jaxweights.capture"
         )
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    run = call or (lambda module, *batch: module(*batch))
-    apply = lambda params, *batch: run(nnx.merge(graph, params, rest, copy=True), *batch)
+    run = call or _call
+
+    def apply(params: Any, *batch: Any) -> Any:
+        return run(nnx.merge(graph, params, rest, copy=True), *batch)
+
     return capture_function(apply, params, batches, where, second_moment=second_moment, progress=progress)
+
+
+def _call(module: Any, *batch: Any) -> Any:
+    return module(*batch)

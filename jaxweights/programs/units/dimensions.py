@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 Factors = tuple[int, ...]
 """An axis: the factors whose product it is, the outermost first. An axis of one entry has none."""
+
+
+class Split(NamedTuple):
+    """An axis as an outer axis and the rest of it."""
+
+    outer: Factors
+    rest: Factors
 
 
 class Dimensions:
@@ -51,17 +59,17 @@ class Dimensions:
         a, b = self.resolve(a), self.resolve(b)
         while a and b:
             n = min(self.size(a[0]), self.size(b[0]))
-            heads = self.split(a, n), self.split(b, n)
-            if not all(heads):
+            left, right = self.split(a, n), self.split(b, n)
+            if left is None or right is None:
                 return self.fix(a, b)
-            (((x,), _), ((y,), _)) = heads  # type: ignore[misc]
+            (x,), (y,) = left.outer, right.outer
             if x != y:
                 self._parent[y] = x
                 self._fixed[x] = self._fixed[x] or self._fixed[y]
             a, b = self.resolve(a)[1:], self.resolve(b)[1:]
         self.fix(a, b)
 
-    def split(self, axis: Sequence[int], size: int) -> tuple[Factors, Factors] | None:
+    def split(self, axis: Sequence[int], size: int) -> Split | None:
         """The axis as an outer axis of this size and the rest, or None where no factor divides so."""
         axis, head = self.resolve(axis), 0
         while size != 1:
@@ -76,7 +84,7 @@ class Dimensions:
             if size % n:
                 return None
             size, head = size // n, head + 1
-        return axis[:head], axis[head:]
+        return Split(axis[:head], axis[head:])
 
     def _add(self, size: int, fixed: bool) -> int:
         self._size.append(size)

@@ -1,0 +1,1 @@
+"""Layers: the products of a weight and an activation that a traced program computes."""
