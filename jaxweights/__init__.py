@@ -8,10 +8,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 from jaxweights import axes, calibration, initializers, plots, projections, pruning, scores, sparse, typing, units
-from jaxweights.core.around import Around
 from jaxweights.core.axes import Axes
+from jaxweights.core.joint import JointTransform
 from jaxweights.core.stored import matmul
-from jaxweights.core.transform import Chain, Transform
+from jaxweights.core.transform import Transform
+from jaxweights.core.wrappers import Around, Chain
 from jaxweights.levels.optax.confine import confine
 from jaxweights.levels.optax.project import project
 from jaxweights.levels.optax.weight_decay import add_weight_decay
@@ -70,6 +71,7 @@ __all__ = [
     "ClipWeights",
     "ConvSpectralNorm",
     "FakeQuantize",
+    "JointTransform",
     "Prune",
     "QuantizedArray",
     "Regrow",

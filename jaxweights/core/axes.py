@@ -153,7 +153,7 @@ class Reading:
         return cls(**named, groups=axes.groups)
 
     def spread(self, units: jax.Array) -> jax.Array:
-        """Values of shape (*batch, *output) with their axes in the places of the weight's, to multiply it by."""
+        """Moves the axes of values of shape (*batch, *output) to their places in the weight, ready to multiply it."""
         numbered = (*self.batch, *self.output)
         units = jnp.transpose(units, sorted(range(len(numbered)), key=numbered.__getitem__))
         return jnp.expand_dims(units, self.contracted)
@@ -164,17 +164,20 @@ class Reading:
         return (w, self) if r is self else (w.reshape(shape), r)
 
     def ungroup(self, shape: Sequence[int]) -> tuple[tuple[int, ...], Reading]:
-        """The shape that `split_groups` gives a weight of this shape, and its reading."""
+        """The shape and the reading that `split_groups` gives a weight of this shape."""
         if self.groups == 1:
             return tuple(shape), self
         (o,) = self.output
-        shift = lambda axes: tuple(a + (a > o) for a in axes)
+
+        def shift(axes):
+            return tuple(a + (a > o) for a in axes)
+
         split = (*shape[:o], self.groups, shape[o] // self.groups, *shape[o + 1 :])
         return split, Reading(shift(self.input), (o + 1,), (*shift(self.batch), o), shift(self.window))
 
 
 def default_axes(ndim: int) -> Axes:
-    """The reading of `axes=None`: (..., in, out), a vector as one output unit, a scalar as a 1x1 matrix."""
+    """The reading of `axes=None`: (..., in, out); a vector is one output unit, a scalar a 1x1 matrix."""
     return Axes() if ndim >= 2 else Axes(input=tuple(range(ndim)), output=())
 
 
@@ -201,8 +204,8 @@ def fans(shape: Sequence[int], axes: Axes | None = None) -> tuple[int, int]:
     """
     shape = check_shape("shape", shape)
     r = Reading.of(axes, shape)
-    size = lambda which: math.prod(shape[a] for a in which)
-    return size(r.input) * size(r.window), size(r.output) * size(r.window) // r.groups
+    n_in, n_out, n_positions = (math.prod(shape[a] for a in axes) for axes in (r.input, r.output, r.window))
+    return n_in * n_positions, n_out * n_positions // r.groups
 
 
 def dense_general(n_in: int = 1, n_out: int = 1, n_batch: int = 0) -> Axes:
@@ -236,17 +239,16 @@ def depthwise(groups: int) -> Axes:
 
 
 def infer_axes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Axes]:
-    """The axes that follow from the other weights of a Flax module, by path.
+    """The axes of Flax kernels, by path, inferred from the weights beside them.
 
-    A kernel's own shape does not tell a convolution from a stack of dense layers or from attention, but
-    the weights beside it do:
+    A kernel's own shape does not tell a convolution from a stack of dense layers or from attention. The weights beside
+    it do:
 
     - `query`, `key`, `value` and `out` side by side are multi-head attention;
     - a bias of shape (layers, out) beside a kernel (layers, in, out) is a stack (`nn.scan`, `nnx.vmap`);
     - a bias of shape (heads, head_dim) beside a kernel (features, heads, head_dim) is a `DenseGeneral`.
 
-    Paths for which nothing follows, or more than one reading does, are left out: they have the default reading,
-    (..., in, out).
+    A path is left out if no reading follows, or more than one: its weight has the default reading, (..., in, out).
     """
     found: dict[str, Axes] = {}
     for path, shape in shapes.items():

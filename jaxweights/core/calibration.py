@@ -1,4 +1,4 @@
-"""What a layer's inputs are like: statistics that one-shot pruning and quantization calibrate with."""
+"""Statistics of a layer's inputs, with which one-shot pruning and quantization are calibrated."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from jaxweights.numerics.norms import safe_divide
 
 
 class Samples(NamedTuple):
-    """An array of vectors: which of its axes number features, and which weights of their own.
+    """An array of vectors. Some of its axes number features, some number separate weights, the rest number samples.
 
-    The features are in the order of `features`; all axes that are not named number samples.
+    Attributes:
+      array: the vectors.
+      features: the axes that number features, in the order of the rows of the weight.
+      batch: the axes along which each index has a weight of its own.
     """
 
     array: jax.Array
@@ -39,16 +42,16 @@ class Samples(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class InputStats:
-    """Sums over the inputs x of a layer, in float32 or wider; `a + b` is what both have seen.
+    """Sums over the inputs x of a layer, in float32 or wider. `a + b` adds what two of them have seen.
 
-    A feature is a row of the weight as `axes.matrix` reads it. A stack of layers, or the groups of a grouped
-    convolution, have statistics of their own along leading axes.
+    A feature is a row of the weight as `axes.matrix` reads it. Each layer of a stack, and each group of a grouped
+    convolution, has its own statistics along leading axes.
 
     Attributes:
       count: number of inputs, int32, shape (*batch, [groups]).
       absolute: Σ|x|, shape (*batch, [groups,] rows).
       squares: Σx², shape (*batch, [groups,] rows).
-      products: Σxxᵀ, shape (*batch, [groups,] rows, rows), or None if it was not asked for.
+      products: Σxxᵀ, shape (*batch, [groups,] rows, rows), or None if it was not captured.
       axes: how the layer reads its weight.
     """
 
@@ -80,7 +83,7 @@ class InputStats:
 
 
 def input_stats(x: Samples, axes: Axes | None = None, *, second_moment: bool = True) -> InputStats:
-    """The statistics of these inputs.
+    """Computes the statistics of inputs.
 
     >>> import jax.numpy as jnp
     >>> stats = input_stats(Samples(jnp.array([[3.0, 1.0], [-4.0, 0.0]]), features=(1,)))
@@ -90,18 +93,21 @@ def input_stats(x: Samples, axes: Axes | None = None, *, second_moment: bool = T
     [[12.5  1.5]
      [ 1.5  0.5]]
     """
-    w = x.array.astype(accumulation_dtype(x.array.dtype))
-    letters = string.ascii_letters[: w.ndim]
-    pick = lambda which: "".join(letters[a] for a in which)
-    sizes = lambda which: tuple(w.shape[a] for a in which)
-    batch, rows = sizes(x.batch), math.prod(sizes(x.features))
+    a = x.array.astype(accumulation_dtype(x.array.dtype))
+    batch = tuple(a.shape[i] for i in x.batch)
+    rows = math.prod(a.shape[i] for i in x.features)
 
-    per_feature = pick(x.batch + x.features)
-    total = lambda y: jnp.einsum(f"{letters}->{per_feature}", y).reshape(*batch, rows)
+    letters = string.ascii_letters[: a.ndim]
+    features = "".join(letters[i] for i in x.features)
+    per_feature = "".join(letters[i] for i in x.batch) + features
+
+    def total(values):
+        return jnp.einsum(f"{letters}->{per_feature}", values).reshape(*batch, rows)
+
     products = None
     if second_moment:
-        other = "".join(c.upper() if a in x.features else c for a, c in enumerate(letters))
-        spec = f"{letters},{other}->{per_feature}{pick(x.features).upper()}"
-        products = jnp.einsum(spec, w, w, precision="highest").reshape(*batch, rows, rows)
-    count = jnp.full(batch, math.prod(sizes(x.samples)), jnp.int32)
-    return InputStats(count, total(jnp.abs(w)), total(jnp.square(w)), products, axes)
+        other = "".join(c.upper() if c in features else c for c in letters)
+        spec = f"{letters},{other}->{per_feature}{features.upper()}"
+        products = jnp.einsum(spec, a, a, precision="highest").reshape(*batch, rows, rows)
+    count = jnp.full(batch, math.prod(a.shape[i] for i in x.samples), jnp.int32)
+    return InputStats(count, total(jnp.abs(a)), total(jnp.square(a)), products, axes)

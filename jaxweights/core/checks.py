@@ -26,9 +26,9 @@ def check_weight(w, name: str = "w") -> jax.Array:
 
 
 def check_scalar(name: str, value, low: float = -math.inf, high: float = math.inf, *, schedule: bool = False):
-    """Raises unless `value` is a real number in [low, high]; schedules and the values of JAX arrays are taken as is.
+    """Raises unless `value` is a real number in [low, high]. The value of a JAX array is not checked.
 
-    `schedule` says whether a callable is welcome.
+    With `schedule=True` a callable is accepted, and not checked either.
     """
     kind = "a number or a schedule" if schedule else "a number"
     if callable(value):
@@ -53,9 +53,9 @@ def check_scalar(name: str, value, low: float = -math.inf, high: float = math.in
 
 
 def check_order(low_name: str, low, high_name: str, high) -> None:
-    """Raises if `low` > `high`, as far as both are known: neither a schedule nor a JAX array."""
-    known = lambda value: not callable(value) and not isinstance(value, jax.Array)
-    if known(low) and known(high) and low > high:
+    """Raises if `low` > `high`. Schedules and JAX arrays are not checked: their values are not known here."""
+    unknown = any(callable(value) or isinstance(value, jax.Array) for value in (low, high))
+    if not unknown and low > high:
         raise ValueError(f"{low_name} must be at most {high_name}, got {low!r} and {high!r}: swap them")
 
 
@@ -117,7 +117,7 @@ def check_state(state, **shapes: tuple[int, ...] | None) -> None:
 
 @contextlib.contextmanager
 def naming(name: str, path: str):
-    """Adds the name of the transform and the path, if there is one, to the errors of bad input."""
+    """Prefixes errors of bad input with the name of the transform and the path, if there is one."""
     if not path:
         yield
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ Padding = str | Sequence[tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """The map (*space, in) -> (*out_space, out) of one image by kernels of one shape, (*window, in // groups, out)."""
+    """The map (*space, in) -> (*out_space, out) of an image by a kernel of shape (*window, in // groups, out)."""
 
     window: tuple[int, ...]
     input_shape: tuple[int, ...]
@@ -26,7 +27,7 @@ class Convolution:
     dilation: tuple[int, ...]
     groups: int
     circular: bool
-    """Whether positions that are padded hold the other end of the image, instead of zeros."""
+    """Whether padding wraps around the image, in place of zeros."""
 
     @classmethod
     def of(
@@ -39,7 +40,7 @@ class Convolution:
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Convolution:
-        """The convolution that layers describe by these arguments, or an error where they do not fit."""
+        """The convolution of a layer with these arguments. Raises if they do not fit together."""
         kernel_shape, input_shape = check_shape("kernel_shape", kernel_shape), check_shape("input_shape", input_shape)
         check_integer("groups", groups, 1)
         n_in = "in" if groups == 1 else f"in // {groups}"
@@ -65,17 +66,17 @@ class Convolution:
         return cls(window, input_shape, (*out_space, kernel_shape[-1]), strides, pads, dilation, groups, circular)
 
     def __call__(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
-        """The image `x` convolved."""
+        """Convolves the image `x`."""
         pads = self.pads
         if self.circular:
             x, pads = self._wrap(x), ((0, 0),) * len(pads)
         return self._convolve(x, kernel, pads, strides=self.strides)
 
     def transpose(self, kernel: jax.Array, y: jax.Array) -> jax.Array:
-        """The transpose of the map, on `y` of the shape of an output.
+        """Applies the transpose of the map to `y`, which has the shape of an output.
 
-        A convolution with the kernel turned round, of `y` with strides - 1 zeros between its entries. The one that JAX
-        finds cannot be batched on a mesh in JAX 0.7.2.
+        It convolves `y`, dilated by the strides, with the flipped kernel. The transpose that JAX derives cannot be
+        batched on a mesh in JAX 0.7.2.
         """
         *window, n_in, n_out = kernel.shape
         turned = jnp.flip(kernel, range(len(window))).reshape(*window, n_in, self.groups, n_out // self.groups)
@@ -122,7 +123,7 @@ def _per_axis(name: str, value, window: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _pads(padding: Padding, space, spans, strides) -> tuple[tuple[int, int], ...]:
-    """(before, after) per axis, for a window that spans so many positions."""
+    """The padding (before, after) per axis, for a window that covers `spans` positions."""
     if isinstance(padding, str):
         match padding.upper():
             case "SAME" | "VALID" as kind:
@@ -134,7 +135,10 @@ def _pads(padding: Padding, space, spans, strides) -> tuple[tuple[int, int], ...
                     f'padding must be "SAME", "VALID", "CIRCULAR" or (before, after) per axis, got {padding!r}'
                 )
     pads = list(padding) if isinstance(padding, Sequence) else []
-    integers = lambda p: isinstance(p, tuple | list) and all(isinstance(n, int | np.integer) for n in p)
-    if len(pads) != len(spans) or not all(integers(p) and len(p) == 2 for p in pads):
+    if len(pads) != len(spans) or not all(map(_is_pair, pads)):
         raise ValueError(f"padding must be integers (before, after) for each of {len(spans)} axes, got {padding!r}")
     return tuple((int(a), int(b)) for a, b in pads)
+
+
+def _is_pair(pad: Any) -> bool:
+    return isinstance(pad, tuple | list) and len(pad) == 2 and all(isinstance(n, int | np.integer) for n in pad)

@@ -1,4 +1,4 @@
-"""Weights in a form of their own: what every stored type offers, and the product with one."""
+"""Stored weights: what every stored type offers, and the product with one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 class Stored(Protocol):
     """A weight that is stored as other arrays, as a pytree node of them.
 
-    Ours (`QuantizedArray`, `PackedArray`, `BlockSparseArray`) and the sparse arrays of JAX are; any class with
-    these is one.
+    `QuantizedArray`, `PackedArray`, `BlockSparseArray` and the sparse arrays of JAX are such. So is any class with
+    these four members.
     """
 
     @property
@@ -44,7 +44,7 @@ class Stored(Protocol):
 def matmul(x: jax.Array, w: Stored) -> jax.Array:
     """x @ w for a stored weight, computed from what is stored.
 
-    y = Σ x·w over the input axes of `w`, in float32 or wider. With the types of this library it is what `x @ w` is.
+    y = Σ x·w over the input axes of `w`, accumulated in float32 or wider. For the types of this library it is `x @ w`.
 
     Args:
       x: float array, shape (..., *input) with the input axes of `w` last.
@@ -78,7 +78,7 @@ def matmul(x: jax.Array, w: Stored) -> jax.Array:
 
 
 def product(x: jax.Array, w: Stored, times: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """x @ w by `times`, which multiplies rows (n, rows of the matrix) by the matrix that `w` is read as."""
+    """x @ w, where `times` multiplies an array (n, rows of the matrix) by the matrix that `w` is read as."""
     r = contraction(x, w)
     lead = x.shape[: x.ndim - len(r.contracted)]
     rows = x.reshape(math.prod(lead), -1 if x.size else math.prod(w.shape[a] for a in r.contracted))
@@ -88,7 +88,7 @@ def product(x: jax.Array, w: Stored, times: Callable[[jax.Array], jax.Array]) ->
 
 
 def contraction(x: jax.Array, w: Stored) -> Reading:
-    """How `w` is read where x @ w is a single product, or an error unless `x` ends in its input axes."""
+    """How `w` is read in the product x @ w. Raises unless it is a single product and `x` ends in its input axes."""
     check_weight(x, "x")
     axes: Axes | None = getattr(w, "axes", None)
     r = Reading.of(axes, w.shape)
@@ -101,7 +101,7 @@ def contraction(x: jax.Array, w: Stored) -> Reading:
 
 
 def _coordinates(w) -> Any:
-    """A sparse array of JAX; its CSR as a BCOO, since CSR has no vmap and a wrong gradient of w.T @ x (jax 0.10.2)."""
+    """A sparse array of JAX. CSR becomes BCOO: it has no vmap, and its gradient of w.T @ x is wrong (jax 0.10.2)."""
     from jax.experimental import sparse
 
     if not isinstance(w, sparse.CSR):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes
-from jaxweights.core.checks import check_scalar, check_state, naming
+from jaxweights.core.checks import check_scalar, check_state
 
 State = dict[str, jax.Array]
-Weights = Mapping[str, jax.Array]
-"""Weights, or what belongs to each, by path."""
 Number = float | jax.Array
 """A number, or a scalar array, traced or not."""
 Scalar = Number | Callable[[jax.Array], Any]
@@ -25,29 +23,75 @@ Scalar = Number | Callable[[jax.Array], Any]
 class Transform:
     """A map `w -> w'` of weights of one shape, with optional state.
 
-    A subclass is a frozen dataclass whose fields say what to do and whose `apply` does it. Two specs with
-    equal fields are equal and hash alike, so passing a new one to a jitted function does not retrace.
+    A subclass is a frozen dataclass whose fields say what to do and whose `apply` does it. Two specs with equal
+    fields are equal and hash alike, so passing a new one to a jitted function does not retrace.
 
     - `init(w, key)` makes the state: a flat dict of arrays, empty by default.
     - `update(w, state, grad)` moves it between steps. It is never differentiated.
-    - `apply(w, state)` is the transformed weight: shape and dtype of `w`, differentiable in `w` and in the
-      entries of the state that are named in `learned`.
+    - `apply(w, state)` is the transformed weight. It has the shape and dtype of `w`, and is differentiable in `w` and
+      in the learned entries of the state.
 
     Training is `update`, then `apply`; evaluation is `apply` alone.
 
-    A field that holds a callable is a schedule: a function of the step. Its current value lives in the state
-    under the field's name, set by `update` (the first of which is step 0) and read through `value`.
+    A subclass declares what others need to know of it:
+
+    - `learned`: the entries of its state that receive gradients.
+    - `scheduled`: the fields that take an optax schedule in place of a number. The current value of a schedule is kept
+      in the state under the field's name. `update` sets it, the first time for step 0; `value` reads it.
+    - `takes_axes`: whether its field `axes` says how a weight is read. A tree fills in an `axes` of None with what it
+      knows of the weight.
+
+    See `jaxweights.JointTransform` for transforms that must see several weights at once.
     """
 
     learned: ClassVar[frozenset[str]] = frozenset()
+    scheduled: ClassVar[frozenset[str]] = frozenset()
+    takes_axes: ClassVar[bool] = False
 
     def init(self, w: jax.Array, key: jax.Array) -> State:
-        """The state for the weight `w`; `key` is a `jax.random` key for those that draw."""
+        """Makes the state for the weight `w`, from a `jax.random` key if it draws."""
+        return self.init_schedules()
+
+    def update(self, w: jax.Array, state: State, grad: jax.Array | None = None) -> State:
+        """Returns the state for the next step.
+
+        `grad` is the gradient of the loss in the transformed weight, or None where the caller has none. It is never an
+        optimizer's update.
+        """
+        return self.update_schedules(state)
+
+    def apply(self, w: jax.Array, state: State) -> jax.Array:
+        """Returns the transformed weight."""
+        raise TypeError(f"{type(self).__name__} defines no apply: a transform is at least apply(w, state)")
+
+    def anchor(self, w: jax.Array, state: State) -> float | jax.Array:
+        """Returns the point towards which `project` rounds where no update gives `apply(w)` bit for bit.
+
+        0 suits a bound on magnitudes. For other constraints, return a point that satisfies them.
+        """
+        return 0.0
+
+    def with_axes(self, axes: Axes) -> Self:
+        """Returns this spec with its `axes` set, if it takes axes and they are None."""
+        if self.takes_axes and getattr(self, "axes") is None:  # noqa: B009, a declared field of the subclass
+            return dataclasses.replace(self, axes=axes)  # type: ignore[call-arg]
+        return self
+
+    def value(self, name: str, state: State) -> Any:
+        """Returns the field `name`, or its value at the last update where it holds a schedule."""
+        if name not in self._schedules():
+            check_state(state)
+            return getattr(self, name)
+        check_state(state, **{name: ()})
+        return state[name]
+
+    def init_schedules(self) -> State:
+        """Makes the part of the state that belongs to schedules: their values at step 0, and the `step`."""
         names = self._schedules()
         return {n: self._evaluate(n, 0) for n in names} | ({"step": jnp.zeros((), jnp.int32)} if names else {})
 
-    def update(self, w: jax.Array, state: State, grad: jax.Array | None = None) -> State:
-        """The state for the next step."""
+    def update_schedules(self, state: State) -> State:
+        """Returns the state with all schedules at its `step`, and the step after it."""
         names = self._schedules()
         if not names:
             return state
@@ -55,140 +99,15 @@ class Transform:
         step = state["step"]
         return {**state, **{n: self._evaluate(n, step) for n in names}, "step": step + 1}
 
-    def apply(self, w: jax.Array, state: State) -> jax.Array:
-        """The transformed weight."""
-        raise TypeError(f"{type(self).__name__} defines no apply: a transform is at least apply(w, state)")
-
-    @property
-    def joint(self) -> bool:
-        """Whether the state of a weight depends on the other weights that a rule of `on_tree` selects.
-
-        The tree then calls `init_all` and `update_all` on all of them at once. `apply` is always of one.
-        """
-        return False
-
-    def init_all(self, ws: Weights, keys: Mapping[str, jax.Array], axes: Mapping[str, Axes]) -> dict[str, State]:
-        """`init` of several weights by path; `axes` are those that the tree tells of them."""
-        return self.each(ws, axes, lambda t, path: t.init(ws[path], keys[path]))
-
-    def update_all(
-        self, ws: Weights, states: Mapping[str, State], grads: Mapping[str, jax.Array | None], axes: Mapping[str, Axes]
-    ) -> dict[str, State]:
-        """`update` of several weights by path."""
-        return self.each(ws, axes, lambda t, path: t.update(ws[path], states[path], grads[path]))
-
-    def each(self, paths: Iterable[str], axes: Mapping[str, Axes], f: Callable[[Any, str], Any]) -> dict[str, Any]:
-        """{path: f(this spec with the axes of the path, path)}, with the path named in errors."""
-        results = {}
-        for path in paths:
-            with naming(type(self).__name__, path):
-                results[path] = f(self.with_axes(axes[path]) if path in axes else self, path)
-        return results
-
-    def anchor(self, w: jax.Array, state: State) -> float | jax.Array:
-        """The side to err on: where no update gives `apply(w)` bit for bit, `project` stops short of it towards here.
-
-        0 suits a bound on magnitudes. For other constraints it is a point within them.
-        """
-        return 0.0
-
-    def with_axes(self, axes: Axes) -> Transform:
-        """This spec with `axes`, where it has a field for them that the user left open: what a tree tells of them."""
-        if "axes" in (f.name for f in dataclasses.fields(self)) and getattr(self, "axes") is None:  # noqa: B009
-            return dataclasses.replace(self, **{"axes": axes})
-        return self
-
-    def value(self, name: str, state: State) -> Any:
-        """The field `name`, or, where it is a schedule, its value at the last update."""
-        field = getattr(self, name)
-        check_state(state, **{name: ()} if callable(field) else {})
-        return state.get(name, field)
+    def _schedules(self) -> list[str]:
+        """The fields that hold a schedule, in the order in which they are declared."""
+        fields = [f.name for f in dataclasses.fields(self) if f.name in self.scheduled]
+        return [name for name in fields if callable(getattr(self, name))]
 
     def _evaluate(self, name: str, step) -> jax.Array:
         value = getattr(self, name)(jnp.asarray(step, jnp.int32))
         check_scalar(f"the value of the schedule {name}", value)
         return jnp.asarray(value, jnp.float32)
-
-    def _schedules(self) -> tuple[str, ...]:
-        return tuple(f.name for f in dataclasses.fields(self) if callable(getattr(self, f.name)))
-
-
-@dataclasses.dataclass(frozen=True, init=False)
-class Chain(Transform):
-    """Transforms one after the other: `Chain(f, g)` is g(f(w)).
-
-    The state of the i-th is kept under names that start with "i.".
-
-    >>> import jax.numpy as jnp
-    >>> import jaxweights as jw
-    >>> chain = Chain(jw.ClipWeights(1.0), jw.Sparsify(0.5))
-    >>> print(chain.apply(jnp.array([-3.0, 0.2, 0.7]), {}))
-    [-1.   0.   0.7]
-    """
-
-    transforms: tuple[Transform, ...]
-
-    def __init__(self, *transforms: Transform):
-        if not transforms:
-            raise ValueError("Chain needs at least one transform: Chain(t1, t2, ...)")
-        for t in transforms:
-            check_transform("Chain", t)
-        object.__setattr__(self, "transforms", transforms)
-        learned = frozenset(f"{i}.{n}" for i, t in enumerate(transforms) for n in t.learned)
-        object.__setattr__(self, "learned", learned)
-
-    @property
-    def joint(self) -> bool:
-        """If one of them is."""
-        return any(t.joint for t in self.transforms)
-
-    def init(self, w, key):
-        """The states of all, each made for the weight as the ones before it leave it."""
-        return self.init_all({"": w}, {"": key}, {})[""]
-
-    def update(self, w, state, grad=None):
-        """Updates each on the weight as the ones before it leave it."""
-        return self.update_all({"": w}, {"": state}, {"": grad}, {})[""]
-
-    def init_all(self, ws, keys, axes):
-        """The states of all for several weights by path."""
-        make = lambda i, t, ws: t.init_all(ws, {p: jax.random.fold_in(k, i) for p, k in keys.items()}, axes)
-        return self._all(ws, axes, make)
-
-    def update_all(self, ws, states, grads, axes):
-        """Updates each for several weights by path."""
-        parts = lambda i: {p: self._part(i, s) for p, s in states.items()}
-        return self._all(ws, axes, lambda i, t, ws: t.update_all(ws, parts(i), grads, axes))
-
-    def apply(self, w, state):
-        """Applies each in turn."""
-        for i, t in enumerate(self.transforms):
-            w = t.apply(w, self._part(i, state))
-        return w
-
-    def anchor(self, w, state):
-        """That of the last."""
-        last = len(self.transforms) - 1
-        return self.transforms[last].anchor(w, self._part(last, state))
-
-    def with_axes(self, axes):
-        """The chain of the members with `axes`."""
-        return Chain(*(t.with_axes(axes) for t in self.transforms))
-
-    def _all(self, ws: Weights, axes: Mapping[str, Axes], f) -> dict[str, State]:
-        """The states f(i, t, ws) of all, by path, each for the weights as the ones before it leave them."""
-        states: dict[str, State] = {p: {} for p in ws}
-        for i, t in enumerate(self.transforms):
-            parts = f(i, t, ws)
-            ws = t.each(ws, axes, lambda t, path, ws=ws, parts=parts: t.apply(ws[path], parts[path]))
-            for path, part in parts.items():
-                states[path] |= {f"{i}.{n}": a for n, a in part.items()}
-        return states
-
-    def _part(self, i: int, state: State) -> State:
-        check_state(state)
-        prefix = f"{i}."
-        return {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
 
 
 def check_transform(where: str, t) -> None:

@@ -6,7 +6,7 @@ import functools
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,31 @@ STATE = "weight_transform"
 """The name under which Linen and NNX modules keep the state of their transforms, beside the parameters."""
 
 
-def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[str], list[Any], Any]:
-    """(paths, leaves, treedef) of any pytree.
+class FlatTree(NamedTuple):
+    """The leaves of a pytree and their paths."""
 
-    A path joins dictionary keys, indices and attribute names with "/". The array inside a Flax variable or
-    box has the path of the variable: the last ".value" is left out.
+    paths: list[str]
+    leaves: list[Any]
+    treedef: Any
+
+    @property
+    def by_path(self) -> dict[str, Any]:
+        """The leaves by path."""
+        return dict(zip(self.paths, self.leaves, strict=True))
+
+    def replaced(self, new: Mapping[str, Any]) -> Any:
+        """The tree with new leaves at the given paths."""
+        return self.treedef.unflatten(new.get(p, leaf) for p, leaf in zip(self.paths, self.leaves, strict=True))
+
+
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> FlatTree:
+    """Flattens any pytree.
+
+    A path joins dictionary keys, indices and attribute names with "/". The array inside a Flax variable or box has the
+    path of the variable: the last ".value" is left out.
     """
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
-    return [_join(keys) for keys, _ in keyed], [leaf for _, leaf in keyed], treedef
+    return FlatTree([_join(keys) for keys, _ in keyed], [leaf for _, leaf in keyed], treedef)
 
 
 def is_weight(leaf: Any) -> bool:
@@ -77,11 +94,10 @@ def check_params(name: str, params: Any) -> None:
         raise ValueError(f"{name} needs the parameters: call tx.update(grads, state, params)")
 
 
-def check_structure(name: str, what: str, updates: Any, params: Any) -> None:
-    """Every leaf of `updates` must have a parameter of its shape; parameters without one (None, masked) are fine."""
-    paths, leaves, _ = flatten(params)
-    shapes = {p: jnp.shape(a) for p, a in zip(paths, leaves, strict=True)}
-    for path, u in zip(*flatten(updates)[:2], strict=True):
+def check_structure(name: str, what: str, updates: FlatTree, params: FlatTree) -> None:
+    """Raises unless every leaf of `updates` has a parameter of its shape. Parameters without one (None) are fine."""
+    shapes = {path: jnp.shape(a) for path, a in zip(params.paths, params.leaves, strict=True)}
+    for path, u in zip(updates.paths, updates.leaves, strict=True):
         if path not in shapes:
             raise ValueError(f"{name}: {what} has {path!r}, params does not: pass the parameters of these gradients")
         if jnp.shape(u) != shapes[path]:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
-from jax.core import Tracer
 
 from jaxweights.core.axes import Axes, infer_axes
 from jaxweights.core.checks import naming
+from jaxweights.core.joint import apply, init_each, update_each
 from jaxweights.core.transform import State, Transform, check_transform
-from jaxweights.levels.paths import Where, check_structure, flatten, is_weight, key_of, select
+from jaxweights.levels.paths import FlatTree, Where, check_structure, flatten, is_weight, key_of, select
+
+T = TypeVar("T")
 
 
 class TreeState(NamedTuple):
-    """The state of a lifted transform: {path: {name: array}}, apart by who moves it.
+    """The state of a lifted transform: {path: {name: array}}, split by who moves it.
 
     `learned` receives gradients and belongs to the optimizer; `fixed` is moved by `update`.
     """
@@ -36,114 +35,118 @@ class TreeTransform:
     where: Where | None = None
 
     def init(self, params: Any, key: jax.Array) -> TreeState:
-        """The state for every selected weight. Each draws from `key` folded with a hash of its path."""
-        paths, leaves, _ = flatten(params)
-        chosen = self._chosen(paths, leaves)
-        keys = {i: key_of(key, paths[i]) for i in chosen}
-        work = {i: (t, (leaves[i], keys[i])) for i, t in chosen.items()}
-        new = self._joint(work, paths, leaves, lambda t, *arguments: t.init_all(*arguments))
-        new |= _by_shape(work, paths, lambda t, w, k: t.init(w, k))
-        learned, fixed = {}, {}
-        for i, state in new.items():
-            names = chosen[i].learned
-            for part, entry in (
-                (learned, {n: a for n, a in state.items() if n in names}),
-                (fixed, {n: a for n, a in state.items() if n not in names}),
-            ):
-                if entry:
-                    part[paths[i]] = entry
-        return TreeState(learned, fixed)
+        """Makes the state of every selected weight. Each draws from `key` folded with a hash of its path."""
+        return self.bind(params).init(key)
 
     def update(self, params: Any, state: TreeState, grads: Any = None) -> TreeState:
-        """The state for the next step; weights of one shape and role are updated in one batched computation."""
-        paths, leaves, _ = flatten(params)
-        chosen = self._chosen(paths, leaves)
-        self._check(state, paths, chosen)
-        by_path: dict[str, Any] = {}
-        if grads is not None:
-            check_structure("update", "grads", grads, params)
-            grad_paths, grad_leaves, _ = flatten(grads)
-            by_path = dict(zip(grad_paths, grad_leaves, strict=True))
-        given = lambda i, t: (leaves[i], self._state(paths[i], state, t), by_path.get(paths[i]))
-        work = {i: (t, jax.lax.stop_gradient(given(i, t))) for i, t in chosen.items()}
-        new = self._joint(work, paths, leaves, lambda t, *arguments: t.update_all(*arguments))
-        for i in [i for i in work if paths[i] not in state.fixed]:  # nothing to move; the transform checks that
-            t, arguments = work.pop(i)
-            with naming(type(t).__name__, paths[i]):
-                t.update(*arguments)
-        new |= _by_shape(work, paths, lambda t, w, s, g: t.update(w, s, g))
-        fixed = dict(state.fixed)
-        for i, entry in new.items():
-            fixed[paths[i]] = {n: a for n, a in entry.items() if n not in chosen[i].learned}
-        return TreeState(state.learned, fixed)
+        """Returns the state for the next step; weights of one shape and role are updated in one batched computation."""
+        bound = self.bind(params)
+        if grads is None:
+            return bound.update(state)
+        grads = flatten(grads)
+        check_structure("update", "grads", grads, bound.tree)
+        return bound.update(state, grads.by_path)
 
     def apply(self, params: Any, state: TreeState) -> Any:
-        """`params` with every selected weight transformed; differentiable in `params` and `state.learned`."""
-        paths, leaves, treedef = flatten(params)
-        maps = self.maps(params, state)
-        new = [maps[path](w) if path in maps else w for path, w in zip(paths, leaves, strict=True)]
-        return jax.tree_util.tree_unflatten(treedef, new)
-
-    def maps(self, params: Any, state: TreeState) -> dict[str, Callable[[jax.Array], jax.Array]]:
-        """w -> w' of each selected weight, by path, under this state."""
-        paths, leaves, _ = flatten(params)
-        chosen = self._chosen(paths, leaves)
-        self._check(state, paths, chosen)
-
-        def mapped(w: jax.Array, *, t: Transform, path: str) -> jax.Array:
-            with naming(type(t).__name__, path):
-                return t.apply(w, self._state(path, state, t))
-
-        return {paths[i]: functools.partial(mapped, t=t, path=paths[i]) for i, t in chosen.items()}
-
-    def anchors(self, params: Any, state: TreeState) -> dict[str, float | jax.Array]:
-        """The anchor of each selected weight, by path: the side on which `project` rounds."""
-        paths, leaves, _ = flatten(params)
-        chosen = self._chosen(paths, leaves)
-        return {paths[i]: t.anchor(leaves[i], self._state(paths[i], state, t)) for i, t in chosen.items()}
+        """Transforms every selected weight of `params`; differentiable in `params` and `state.learned`."""
+        bound = self.bind(params)
+        return bound.tree.replaced(bound.apply(state))
 
     def selected(self, params: Any) -> dict[str, Transform]:
         """The transform of each selected weight, by path: what `where` and the rules come to on this tree."""
-        paths, leaves, _ = flatten(params)
-        return {paths[i]: t for i, t in self._chosen(paths, leaves).items()}
+        return self.bind(params).transforms
 
-    def _chosen(self, paths: list[str], leaves: list[Any]) -> dict[int, Transform]:
-        chosen, inferred = select(paths, leaves, self.rules, self.where), _inferred(paths, leaves)
-        return {i: t.with_axes(inferred[paths[i]]) if paths[i] in inferred else t for i, t in sorted(chosen.items())}
+    def bind(self, params: Any) -> BoundTransform:
+        """Resolves paths, rules and axes on a tree, once for everything that is done with it."""
+        tree = flatten(params)
+        numbered = [(pattern, n) for n, (pattern, _) in enumerate(self.rules)]
+        chosen = select(tree.paths, tree.leaves, numbered, self.where)
+        axes = infer_axes({p: tuple(a.shape) for p, a in zip(tree.paths, tree.leaves, strict=True) if is_weight(a)})
+        members: list[list[str]] = [[] for _ in self.rules]
+        for position, n in sorted(chosen.items()):
+            members[n].append(tree.paths[position])
+        rules = [(t, paths) for (_, t), paths in zip(self.rules, members, strict=True) if paths]
+        specs = {path: t.with_axes(axes[path]) if path in axes else t for t, paths in rules for path in paths}
+        weights = {tree.paths[position]: tree.leaves[position] for position in sorted(chosen)}
+        return BoundTransform(tree, rules, {path: specs[path] for path in weights}, axes, weights)
 
-    def _joint(self, work: dict[int, Any], paths: list[str], leaves: list[Any], f) -> dict[int, State]:
-        """What f(transform, *{path: argument}, axes) makes of each rule that is joint, taken out of the work."""
-        joint = [n for n, (_, t) in enumerate(self.rules) if t.joint]
-        if not joint:
-            return {}
-        rules = [(pattern, n) for n, (pattern, _) in enumerate(self.rules)]
-        rule, inferred = select(paths, leaves, rules, self.where), _inferred(paths, leaves)
-        new: dict[int, State] = {}
-        for n in joint:
-            members = {paths[i]: i for i in sorted(rule) if rule[i] == n}
-            if members:
-                columns = zip(*(work.pop(i)[1] for i in members.values()), strict=True)
-                arguments = (dict(zip(members, column, strict=True)) for column in columns)
-                states = f(self.rules[n][1], *arguments, inferred)
-                new |= {i: states[path] for path, i in members.items()}
-        return new
 
-    def _check(self, state: TreeState, paths: list[str], chosen: dict[int, Transform]) -> None:
-        """A state must come from `init` on a tree with these paths."""
+@dataclasses.dataclass(frozen=True)
+class BoundTransform:
+    """A lifted transform on one tree, with its rules resolved.
+
+    Attributes:
+      tree: the tree.
+      rules: each transform with the paths that it applies to.
+      transforms: the transform of each selected weight, by path, with the axes of that weight.
+      axes: the axes that follow from the tree, by path.
+      weights: the selected weights, by path.
+    """
+
+    tree: FlatTree
+    rules: list[tuple[Transform, list[str]]]
+    transforms: dict[str, Transform]
+    axes: dict[str, Axes]
+    weights: dict[str, jax.Array]
+
+    def with_weights(self, weights: dict[str, jax.Array]) -> BoundTransform:
+        """The same for other weights of these shapes."""
+        return dataclasses.replace(self, weights=weights)
+
+    def init(self, key: jax.Array) -> TreeState:
+        """Makes the state of every weight."""
+        learned, fixed = {}, {}
+        for t, paths in self.rules:
+            ws, keys = {path: self.weights[path] for path in paths}, {path: key_of(key, path) for path in paths}
+            for path, state in init_each(t, ws, keys, self.axes).items():
+                for part, names in ((learned, state.keys() & t.learned), (fixed, state.keys() - t.learned)):
+                    if names:
+                        part[path] = {n: state[n] for n in state if n in names}
+        return TreeState(learned, fixed)
+
+    def update(self, state: TreeState, grads: Mapping[str, jax.Array] | None = None) -> TreeState:
+        """Returns the state for the next step."""
+        self._check(state)
+        fixed = dict(state.fixed)
+        for t, paths in self.rules:
+            ws = {path: self.weights[path] for path in paths}
+            states = {path: {**state.fixed.get(path, {}), **state.learned.get(path, {})} for path in paths}
+            own = {path: None if grads is None else grads.get(path) for path in paths}
+            for path, new in update_each(t, *jax.lax.stop_gradient((ws, states, own)), self.axes).items():
+                if path in fixed:
+                    fixed[path] = {n: a for n, a in new.items() if n not in t.learned}
+        return TreeState(state.learned, fixed)
+
+    def apply(self, state: TreeState) -> dict[str, jax.Array]:
+        """The transformed weights, by path."""
+        states = self.states(state)
+        return self.each(lambda t, path: apply(t, self.weights[path], states[path]))
+
+    def each(self, f: Callable[[Transform, str], T], among: Container[str] | None = None) -> dict[str, T]:
+        """{path: f(transform, path)} for every weight, or those `among` these. Errors name transform and path."""
+        results = {}
+        for path, t in self.transforms.items():
+            if among is None or path in among:
+                with naming(type(t).__name__, path):
+                    results[path] = f(t, path)
+        return results
+
+    def states(self, state: TreeState) -> dict[str, State]:
+        """The state of each weight, by path, to apply: of its entries only the learned ones have a gradient."""
+        self._check(state)
+        fixed = jax.lax.stop_gradient(state.fixed)
+        return {path: {**fixed.get(path, {}), **state.learned.get(path, {})} for path in self.transforms}
+
+    def _check(self, state: TreeState) -> None:
+        """Raises unless the state comes from `init` on a tree with these paths."""
         if not isinstance(state, TreeState):
             raise TypeError(f"state must be the TreeState that init returned, got {type(state).__name__}")
-        known = {paths[i] for i in chosen}
         for path in [*state.learned, *state.fixed]:
-            if path not in known:
+            if path not in self.transforms:
                 raise ValueError(
                     f"state has an entry for {path!r}, which is not a selected weight of this tree: call init on it. "
-                    f"Selected are: {', '.join(sorted(known))}"
+                    f"Selected are: {', '.join(sorted(self.transforms))}"
                 )
-
-    def _state(self, path: str, state: TreeState, t: Transform) -> State:
-        """The state of one weight; the one place where gradients are stopped."""
-        fixed = {n: jax.lax.stop_gradient(a) for n, a in state.fixed.get(path, {}).items()}
-        return fixed | state.learned.get(path, {})
 
 
 def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None = None) -> TreeTransform:
@@ -187,48 +190,3 @@ def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None 
     if isinstance(where, Iterable) and not isinstance(where, str):
         where = tuple(where)
     return TreeTransform(tuple(rules), where)
-
-
-def _inferred(paths: list[str], leaves: list[Any]) -> dict[str, Axes]:
-    """What the weights of the tree tell of each other's axes, by path."""
-    return infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
-
-
-def _by_shape(work: dict[int, tuple[Transform, tuple]], paths: list[str], f) -> dict[int, State]:
-    """f(transform, *arguments) for every weight; those alike are stacked and go through one vmap.
-
-    Alike are weights of one transform, shape, dtype and sharding whose paths differ in numbers only. The last is for
-    the shardings that a jitted function cannot see: the layers of a model are sharded alike, but its query and its
-    output projection are not, and to stack those would move weights between devices.
-    """
-    groups: dict[Any, list[int]] = {}
-    for i, (t, arguments) in work.items():
-        leaves, treedef = jax.tree.flatten(arguments)
-        role = re.sub(r"\d+", "#", paths[i])
-        key = (id(t) if _unhashable(t) else t, role, treedef, tuple(map(_signature, leaves)))
-        groups.setdefault(key, []).append(i)
-    out: dict[int, State] = {}
-    for members in groups.values():
-        t = work[members[0]][0]
-        with naming(type(t).__name__, paths[members[0]]):
-            if len(members) == 1:
-                out[members[0]] = f(t, *work[members[0]][1])
-                continue
-            stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(work[i][1] for i in members))
-            result = jax.vmap(lambda *arguments, t=t: f(t, *arguments))(*stacked)
-            for position, i in enumerate(members):
-                out[i] = {n: a[position] for n, a in result.items()}
-    return out
-
-
-def _signature(x: jax.Array) -> tuple:
-    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
-    return (x.shape, x.dtype, sharding)
-
-
-def _unhashable(t: Transform) -> bool:
-    try:
-        hash(t)
-    except TypeError:  # a field is an array, as under optax.inject_hyperparams
-        return True
-    return False

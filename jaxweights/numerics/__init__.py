@@ -1,1 +1,1 @@
-"""Mathematics that two techniques or more stand on."""
+"""Numerical building blocks that the techniques share."""

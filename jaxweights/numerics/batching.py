@@ -1,4 +1,4 @@
-"""Loops and branches that stay what they are under `vmap`."""
+"""Sequential loops and conditionals that stay sequential and conditional under `vmap`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 
 def map_matrices(f: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """f(*matrices) for the matrices of arrays of shape (*batch, rows, columns), one after the other, under vmap too.
+    """Maps f over the matrices of arrays of shape (*batch, rows, columns), one at a time, even under `vmap`.
 
-    For the decompositions: on the CPU a batched one waits, in one of XLA's threads, for work that it gives to the same
-    threads. As many of them at once as there are threads wait for ever (jaxlib 0.10.2).
+    For matrix decompositions. On CPUs, a batched decomposition blocks one of XLA's threads while it waits for work that
+    it hands to the same thread pool. As many of them at once as there are threads deadlock (jaxlib 0.10.2).
     """
     f = jax.custom_batching.sequential_vmap(f)
     for _ in arrays[0].shape[:-2]:
@@ -22,11 +22,22 @@ def map_matrices(f: Callable[..., Any], *arrays: jax.Array) -> Any:
 
 
 def apply_if(needed: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
-    """f(x) if `needed`, else x: a loop of one turn at most.
+    """f(x) if `needed`, else x, as a while loop of at most one iteration.
 
-    A `cond` that is batched by `vmap` always runs both of its branches. This runs f only if one of the batch needs it.
+    A `cond` batched by `vmap` always runs both branches. This loop runs f only if some element of the batch needs it.
     """
-    sharding = lambda a: jax.typeof(a).sharding
-    like = lambda new, old: new if sharding(new) == sharding(old) else jax.sharding.reshard(new, sharding(old))
-    turn = lambda state: (jnp.zeros_like(needed), jax.tree.map(like, f(state[1]), state[1]))
-    return jax.lax.while_loop(lambda state: state[0], turn, (needed, x))[1]
+
+    def keep_sharding(new, old):
+        sharding = jax.typeof(old).sharding
+        return new if jax.typeof(new).sharding == sharding else jax.sharding.reshard(new, sharding)
+
+    def is_needed(state):
+        needed, _ = state
+        return needed
+
+    def run_once(state):
+        _, x = state
+        return jnp.zeros_like(needed), jax.tree.map(keep_sharding, f(x), x)
+
+    _, x = jax.lax.while_loop(is_needed, run_once, (needed, x))
+    return x

@@ -1,4 +1,4 @@
-"""Exact counts past 2³²: two 32-bit limbs, since JAX has no 64-bit integers by default."""
+"""Exact counts beyond 2³² in two 32-bit limbs, since JAX has no 64-bit integers by default."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 
 class Count(NamedTuple):
-    """The integer hi·2³² + lo, or an array of them: two arrays of uint32.
+    """The integer hi·2³² + lo, or an array of such integers, as two uint32 arrays.
 
-    The arithmetic holds for unsigned limbs of any width.
+    The arithmetic works for unsigned limbs of any width.
     """
 
     hi: jax.Array
@@ -24,7 +24,7 @@ class Count(NamedTuple):
         return Count(self.hi + other.hi + (lo < self.lo).astype(lo.dtype), lo)
 
     def __sub__(self, other: Count) -> Count:
-        """The difference, of which `other` must be the smaller."""
+        """The difference; `other` must not be larger."""
         borrow = (self.lo < other.lo).astype(self.lo.dtype)
         return Count(self.hi - other.hi - borrow, self.lo - other.lo)
 
@@ -33,12 +33,12 @@ class Count(NamedTuple):
 
     @property
     def positive(self) -> jax.Array:
-        """Whether it is above 0."""
+        """True where the count is above 0."""
         return (self.hi | self.lo) > 0
 
 
 def count(n: int | jax.Array | Count) -> Count:
-    """`n` as a count: a Python integer of any size, or an array of integers, of which the negative count as 0."""
+    """Converts a Python integer of any size or an integer array to a `Count`. Negative integers become 0."""
     if isinstance(n, Count):
         return n
     if isinstance(n, int):
@@ -49,17 +49,17 @@ def count(n: int | jax.Array | Count) -> Count:
 
 
 def smaller(a: Count, b: Count) -> Count:
-    """The lesser of two counts."""
+    """The elementwise minimum of two counts."""
     return select(a <= b, a, b)
 
 
 def select(condition: jax.Array, a: Count, b: Count) -> Count:
-    """`a` where the condition holds, else `b`."""
+    """`a` where the condition holds, `b` elsewhere."""
     return Count(jnp.where(condition, a.hi, b.hi), jnp.where(condition, a.lo, b.lo))
 
 
 def total(parts: jax.Array, axis: Sequence[int]) -> Count:
-    """The sum of unsigned integers over axes of at most 2¹⁶ entries, in limbs of their own width."""
+    """Sums unsigned integers over axes of at most 2¹⁶ entries in all (for 32 bits), in limbs of their own width."""
     half = jnp.iinfo(parts.dtype).bits // 2
     if (n := math.prod(parts.shape[a] for a in axis)) > 2**half:
         raise ValueError(f"{n} partial counts do not fit two limbs: sum at most {2**half} at once")
@@ -69,10 +69,10 @@ def total(parts: jax.Array, axis: Sequence[int]) -> Count:
 
 
 def fraction_of(fraction: float | jax.Array, n: int) -> Count:
-    """round(fraction·n), half a count rounded up, of n < 2⁴⁸ entries.
+    """round(fraction·n) with halves rounded up, for n < 2⁴⁸ entries.
 
-    A Python `fraction` counts as the float64 that it is. A traced one is read as float32, clipped to [0, 1] and rounded
-    to a multiple of 2⁻²⁴; from there on the arithmetic is that of integers.
+    A Python `fraction` is used in float64. A traced one is converted to float32, clipped to [0, 1] and rounded to a
+    multiple of 2⁻²⁴; the rest is integer arithmetic.
     """
     if isinstance(fraction, int | float):
         return count(round_half_up(fraction, n))
@@ -82,7 +82,7 @@ def fraction_of(fraction: float | jax.Array, n: int) -> Count:
 
 
 def round_half_up(fraction: float | jax.Array, n: int) -> int | jax.Array:
-    """`fraction_of` as an integer: of Python for a Python `fraction`, else of int32, for up to 2³¹ − 1 entries."""
+    """`fraction_of` as an integer: a Python int for a Python `fraction`, else int32, for at most 2³¹ − 1 entries."""
     if isinstance(fraction, int | float):
         return math.floor(fraction * n + 0.5)
     if n >= 2**31:
@@ -91,14 +91,14 @@ def round_half_up(fraction: float | jax.Array, n: int) -> int | jax.Array:
 
 
 def scaled(n: Count, ratio: jax.Array) -> Count:
-    """n·ratio/2³², half a count rounded up."""
+    """round(n·ratio/2³²) with halves rounded up."""
     digits = [limb >> s & 0xFFFF for limb in (n.lo, n.hi) for s in (0, 16)]
     d = _product(digits, [ratio & 0xFFFF, ratio >> 16], half=2**31)
     return Count(d[4] | d[5] << 16, d[2] | d[3] << 16)
 
 
 def _product(a: Sequence[jax.Array], b: Sequence[jax.Array], half: int) -> list[jax.Array]:
-    """a·b + half in digits of 16 bits, the lowest first."""
+    """a·b + half, with a, b and the result in 16-bit digits, least significant first."""
     columns = [jnp.uint32(half >> 16 * i & 0xFFFF) for i in range(len(a) + len(b))]
     for i, x in enumerate(a):
         for j, y in enumerate(b):

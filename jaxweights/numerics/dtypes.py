@@ -1,4 +1,4 @@
-"""The dtype that sums are taken in."""
+"""The dtype in which sums accumulate."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import jax.numpy as jnp
 
 
 def accumulation_dtype(dtype) -> jnp.dtype:
-    """The dtype to accumulate in: `dtype`, or float32 where that is wider."""
+    """The dtype to accumulate in: `dtype`, or float32 if that is wider."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)

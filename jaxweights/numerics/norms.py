@@ -1,4 +1,4 @@
-"""Norms and quotients that neither overflow nor lose their gradients at zero."""
+"""Norms and quotients without overflow, and with finite gradients at zero."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 def safe_norm(x: jax.Array, axis: Sequence[int], *, keepdims: bool = False) -> jax.Array:
     """Euclidean norm that neither overflows nor underflows, in float32 or wider.
 
-    ‖x‖ = m·√Σ(x/m)², m = max|x|. At x = 0 (and below the smallest normal number) the value is 0 and so is
-    the gradient. NaN gives NaN; an infinite entry gives NaN.
+    ‖x‖ = m·√Σ(x/m)², m = max|x|. At x = 0 (and below the smallest normal number) the value and the gradient are 0.
+    A NaN or infinite entry gives NaN.
     """
     x = x.astype(accumulation_dtype(x.dtype))
     axis = tuple(axis)
@@ -31,9 +31,10 @@ def safe_norm(x: jax.Array, axis: Sequence[int], *, keepdims: bool = False) -> j
 
 @jax.custom_jvp
 def safe_divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x / y, and x where y is 0, with finite gradients for both.
+    """x / y, or x where y is 0, with finite gradients for both.
 
-    The derivative is taken as (ẋ − (x/y)·ẏ)/y: JAX's own squares y, which leaves the range of float32 beyond 1e±19.
+    The derivative is computed as (ẋ − (x/y)·ẏ)/y. JAX's own squares y, which overflows or underflows float32 beyond
+    1e±19.
     """
     return x / jnp.where(y == 0, 1, y)
 

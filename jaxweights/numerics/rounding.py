@@ -1,4 +1,4 @@
-"""Updates and sums whose rounding is known: exact, or towards one side."""
+"""Updates and sums with controlled rounding: exact, or towards a given side."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 
 
 def round_to(dtype, x: jax.Array) -> jax.Array:
-    """`x` in float32 or wider, its values rounded to those of `dtype`.
+    """Rounds `x` to the values of `dtype`, but keeps it in float32 or wider.
 
-    XLA may leave out the rounding of `x.astype(dtype)` (`xla_allow_excess_precision`), in one place and not in another.
+    XLA may skip the rounding of `x.astype(dtype)` (`xla_allow_excess_precision`) in one place and not in another.
     """
     x = x.astype(accumulation_dtype(x.dtype))
     narrow, info = jnp.finfo(dtype), jnp.finfo(x.dtype)
@@ -20,7 +20,7 @@ def round_to(dtype, x: jax.Array) -> jax.Array:
     rounded = jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
     if narrow.nexp == info.nexp:
         return rounded
-    # reduce_precision makes 0 of the subnormal values, of which float16 has many. They are evenly spaced.
+    # reduce_precision flushes subnormal values to 0, and float16 has many. They are evenly spaced.
     spacing = float(narrow.smallest_subnormal)
     return jnp.where(jnp.abs(x) < float(narrow.tiny), jnp.round(x / spacing) * spacing, rounded)
 
@@ -52,7 +52,7 @@ def exact_delta(p: jax.Array, u: jax.Array, target: jax.Array, anchor: float | j
 def sum_within(center: jax.Array, d: jax.Array, dtype) -> jax.Array:
     """s = center + d in `dtype`, rounded towards `center`: |s − center| <= |d|, as computed in the dtype of d.
 
-    A value to be stored: it has no gradient.
+    The result is meant to be stored and has no gradient.
     """
     center, d = jax.lax.stop_gradient((center, d))
     s = round_to(dtype, center + d)

@@ -1,4 +1,4 @@
-"""Layer normalization and its relatives: activations standardised within each sample."""
+"""Layer, RMS, group and instance normalization: activations standardised within each sample."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def layer_norm(
 ) -> jax.Array:
     """Standardises each sample over its features.
 
-    y = (x − μ)/√(σ² + ε)·scale + bias, μ and biased σ² over `axis`, in two passes. A gradient stores `x` in its own
-    dtype and two numbers per sample. Both modes of differentiation work, to any order.
+    y = (x − μ)/√(σ² + ε)·scale + bias with μ and biased σ² over `axis`, in two passes. The backward pass stores `x` in
+    its own dtype and two numbers per sample. Forward and reverse mode work, to any order.
 
     Args:
-      x: float array of any shape of at least one axis.
+      x: float array with at least one axis.
       scale: shape of the normalised axes; 1 by default.
       bias: shape of the normalised axes; 0 by default.
       axis: axis or axes to normalise over.
       where: boolean array that broadcasts to `x`; only true entries count in μ and σ². The others are standardised
-        with them too, and may be NaN.
+        too, and may be NaN.
       eps: ε >= 0. No gradient flows to it.
 
     Returns:
-      Array of the shape and dtype of `x`, computed in float32 or wider. A sample that is constant, in which nothing
-      counts, or whose variance is beyond the range of float32, becomes 0 before `scale` and `bias`; NaN stays in its
-      sample.
+      Array of the shape and dtype of `x`, computed in float32 or wider. A sample that is constant, has no entry that
+      counts, or has a variance beyond the range of float32 becomes 0 before `scale` and `bias`. NaN does not spread to
+      other samples.
 
     Raises:
-      TypeError: `x`, `scale` or `bias` is not a float array, or `where` not a boolean one.
+      TypeError: `x`, `scale` or `bias` is not a float array, or `where` is not a boolean array.
       ValueError: `axis` or a shape does not fit, or `eps` is negative or NaN.
 
     >>> import jax.numpy as jnp
@@ -63,7 +63,7 @@ def rms_norm(
 ) -> jax.Array:
     """Divides each sample by its root mean square.
 
-    y = x/√(mean(x²) + ε)·scale. Arguments, result and errors as `layer_norm`.
+    y = x/√(mean(x²) + ε)·scale. Arguments, result and errors as in `layer_norm`.
 
     >>> import jax.numpy as jnp
     >>> print(rms_norm(jnp.array([1.0, 7.0]), eps=0.0))
@@ -85,7 +85,7 @@ def group_norm(
 ) -> jax.Array:
     """Standardises each sample over the positions and features of each group of features.
 
-    The last axis is split in `n_groups` equal runs; μ and σ² are over all axes but the first (the batch), per run.
+    The last axis is split into `n_groups` equal groups. μ and σ² are taken over a group and all axes but the batch.
 
     Args:
       x: float array, shape (batch, ..., features).
@@ -96,10 +96,11 @@ def group_norm(
       eps: ε >= 0. No gradient flows to it.
 
     Returns:
-      Array of the shape and dtype of `x`, as from `layer_norm`, each group of a sample for itself.
+      Array of the shape and dtype of `x`, as in `layer_norm`, with each group of a sample as a sample.
 
     Raises:
-      TypeError: `x`, `scale` or `bias` is not a float array, `where` not a boolean one, or `n_groups` not an integer.
+      TypeError: `x`, `scale` or `bias` is not a float array, `where` is not a boolean array, or `n_groups` is not an
+        integer.
       ValueError: `n_groups` does not divide the features, a shape does not fit, or `eps` is negative or NaN.
 
     >>> import jax.numpy as jnp
@@ -121,7 +122,10 @@ def group_norm(
         _per_feature("bias", bias, x.shape, features),
     )
     groups = (n_groups, x.shape[-1] // n_groups)
-    split = lambda a: None if a is None else a.reshape(groups)
+
+    def split(a):
+        return None if a is None else a.reshape(groups)
+
     if where is not None:
         where = check_mask(where, x.shape)
         where = where.reshape(*where.shape[:-1], *(groups if where.shape[-1] > 1 else (1, 1)))
@@ -138,7 +142,7 @@ def instance_norm(
     where: jax.Array | None = None,
     eps: float = 1e-6,
 ) -> jax.Array:
-    """Standardises each feature of each sample over its positions: `group_norm` with one feature a group.
+    """Standardises each feature of each sample over its positions: `group_norm` with one feature per group.
 
     >>> import jax.numpy as jnp
     >>> print(instance_norm(jnp.array([[[1.0], [3.0]]]), eps=0.0).ravel())
@@ -154,7 +158,7 @@ def instance_norm(
 
 
 def check_axis(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """`axis` as sorted non-negative axes of an array of this shape, or an error."""
+    """Converts `axis` to sorted non-negative axes of an array of this shape, or raises."""
     axes = axis_tuple("axis", axis)
     ndim = len(shape)
     if not ndim:
@@ -168,7 +172,7 @@ def check_axis(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def count_groups(n_features: int, num_groups: int | None, group_size: int | None) -> int:
-    """How many groups the features make, given their number or their size, or an error."""
+    """The number of groups, from their number or their size; raises if the size does not divide the features."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
             f"give num_groups or group_size and None for the other, got {num_groups!r} and {group_size!r}: "
@@ -193,11 +197,11 @@ def _normalize_samples(x, scale, bias, axis, where, eps, centered: bool) -> jax.
 
 
 def _per_feature(name: str, value, shape: tuple[int, ...], over: Sequence[int]) -> jax.Array | None:
-    """`value` of the shape of the axes `over`, with axes of size 1 for the others."""
+    """Reshapes `value` from the shape of the axes `over` to broadcast to `shape`; raises if it does not fit."""
     if value is None:
         return None
     value = check_weight(value, name)
     expected = tuple(shape[a] for a in over)
     if value.shape != expected:
-        raise ValueError(f"{name} must have shape {expected}, that of the normalised axes of x, got {value.shape}")
+        raise ValueError(f"{name} must have shape {expected}, the normalised axes of x, got {value.shape}")
     return value.reshape([s if a in over else 1 for a, s in enumerate(shape)])

@@ -1,4 +1,4 @@
-"""Weight decay: a term of the gradient that pulls weights towards zero, or towards where they started."""
+"""Weight decay: a gradient term that pulls weights towards zero, or towards a given centre."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def weight_decay(
 ) -> jax.Array:
     """Adds the gradient of (rate/2)·‖w‖², or of another penalty, to a gradient.
 
-    g' = g + rate·w, so that w ← w − η·g' is stochastic gradient descent with weight decay. In general
-    g' = g + rate·∇P(w − w₀), for a penalty P and a centre w₀; and where g and ∇P have opposite signs, cautious
-    decay leaves g as it is.
+    g' = g + rate·w, and w ← w − η·g' is stochastic gradient descent with weight decay. In general,
+    g' = g + rate·∇P(w − w₀) for a penalty P and a centre w₀. Cautious decay leaves g unchanged where g and ∇P have
+    opposite signs.
 
     Args:
       grad: float array, the gradient (or update, before the learning rate) of `w`.
       w: float array of the same shape.
       rate: the decay λ >= 0, a number or a scalar array.
-      penalty_grad: ∇P, a function of an array. By default w itself, which is L2; `jnp.sign` is L1,
-        `lambda w: w + jnp.sign(w)` an elastic net, and `weight_normalize` a group lasso of the output units.
+      penalty_grad: ∇P, a function of an array. The identity by default, for L2; `jnp.sign` is L1,
+        `lambda w: w + jnp.sign(w)` an elastic net, and `weight_normalize` a group lasso over output units.
       toward: the centre w₀, a float array of the same shape. 0 by default.
       cautious: whether to decay only the weights that the gradient does not move away from the centre.
 
@@ -43,7 +43,8 @@ def weight_decay(
       Array of the shape and dtype of `grad`, computed in float32 or wider. A NaN weight gives NaN.
 
     Raises:
-      TypeError: `grad`, `w` or `toward` is not a float array, `rate` not a number, or `penalty_grad` not a function.
+      TypeError: `grad`, `w` or `toward` is not a float array, `rate` is not a number, or `penalty_grad` is not a
+        function.
       ValueError: the shapes differ, or `rate` is negative or NaN.
 
     >>> import jax.numpy as jnp
@@ -75,7 +76,7 @@ def weight_decay(
             raise ValueError(f"penalty_grad must return the shape of its argument, {w.shape}, got {slope.shape}")
     g = grad.astype(dtype)
     decayed = g + jnp.asarray(rate, dtype) * slope
-    if cautious:  # signs, as the product of two small numbers is 0
+    if cautious:  # compare signs: the product of two small numbers underflows
         decayed = jnp.where(jnp.sign(g) * jnp.sign(slope) < 0, g, decayed)
     return decayed.astype(grad.dtype)
 

@@ -1,4 +1,4 @@
-"""What the norms as Linen modules share: a learned scale and bias, named as Flax's."""
+"""The learned scale and bias that the Linen norms share, named as in Flax."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 def scale_and_bias(
     module: nn.Module, shape: tuple[int, ...], use_scale: bool, use_bias: bool
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The parameters of `module`, 1 and 0 at first; None for what it does not use."""
+    """Creates the parameters of `module`, initially 1 and 0; None for one that it does not use."""
     scale = module.param("scale", nn.initializers.ones, shape) if use_scale else None
     bias = module.param("bias", nn.initializers.zeros, shape) if use_bias else None
     return scale, bias

@@ -13,21 +13,21 @@ from jaxweights.techniques.batch_norm.statistics import check_features
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization with running statistics. Parameters and statistics are named as Flax's.
+    """Batch normalization with running statistics. Parameters and statistics are named as in Flax.
 
-    The running statistics move as `running_stats` says, and not at all in a batch in which nothing counts.
+    The running statistics are updated by `running_stats`. A batch that is masked out entirely leaves them as they are.
 
     Attributes:
-      use_running_average: evaluate with the running statistics; here or in the call.
-      momentum: the share per step, as the convention reads it; by default its own: 0.99 in Flax, 0.1 in torch.
-      convention: "flax" keeps `momentum` of the running statistics, variance biased; "torch" takes `momentum` of the
-        batch's, variance unbiased.
+      use_running_average: whether to normalise with the running statistics (evaluation); here or in the call.
+      momentum: weight of the running average; by default that of the convention, 0.99 for "flax" and 0.1 for "torch".
+      convention: with "flax", `momentum` is the weight of the old statistics and the variance is biased; with "torch",
+        it is the weight of the batch and the variance is unbiased.
       epsilon: ε under the root.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
-      axis_name: name(s) of mapped axes to take the statistics over, by count.
-      ghost_size: trains on ghost batches of so many entries of the first axis, each standardised on its own.
-      renorm: (r_max, d_max) of batch renormalization; here or, so that they may grow, in the call.
+      axis_name: name(s) of mapped axes over which to merge the statistics, weighted by count.
+      ghost_size: in training, the size along the first axis of ghost batches, each standardised on its own.
+      renorm: (r_max, d_max) of batch renormalization; here, or in the call if they follow a schedule.
     """
 
     use_running_average: bool | None = None

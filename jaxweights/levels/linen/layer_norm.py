@@ -13,7 +13,7 @@ from jaxweights.techniques.layer_norm import check_axis, count_groups, group_nor
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization. Parameters are named as Flax's.
+    """Layer normalization. Parameters are named as in Flax.
 
     Attributes:
       epsilon: ε under the root.
@@ -37,7 +37,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square. The parameter is named as Flax's.
+    """RMS normalization: division by the root mean square. The parameter is named as in Flax.
 
     Attributes:
       epsilon: ε under the root.
@@ -59,11 +59,11 @@ class RMSNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalization. Parameters are named as Flax's.
+    """Group normalization. Parameters are named as in Flax.
 
     Attributes:
-      num_groups: number of groups of features; None with `group_size`.
-      group_size: features in a group, in place of `num_groups`.
+      num_groups: number of groups of features; None if `group_size` is given.
+      group_size: number of features per group, instead of `num_groups`.
       epsilon: ε under the root.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
@@ -77,7 +77,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, mask=None):
-        """Normalises `x`, shape (batch, ..., features), in each sample; only entries where `mask` is true count."""
+        """Normalises `x`, shape (batch, ..., features), per sample and group; only true entries of `mask` count."""
         x = check_features(x)
         n_groups = count_groups(x.shape[-1], self.num_groups, self.group_size)
         scale, bias = scale_and_bias(self, x.shape[-1:], self.use_scale, self.use_bias)
@@ -85,7 +85,7 @@ class GroupNorm(nn.Module):
 
 
 class InstanceNorm(nn.Module):
-    """Instance normalization. Parameters are named as Flax's.
+    """Instance normalization. Parameters are named as in Flax.
 
     Attributes:
       epsilon: ε under the root.

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 
 from jaxweights.core.transform import Transform
-from jaxweights.levels.paths import STATE, Where, flatten
-from jaxweights.levels.tree import TreeState, TreeTransform, on_tree
+from jaxweights.levels.paths import STATE, Where
+from jaxweights.levels.tree import BoundTransform, TreeState, on_tree
 
 
 class Transformed(nn.Module):
@@ -74,39 +74,38 @@ class Transformed(nn.Module):
 
     @nn.compact
     def _run(self, method: str, args: tuple, kwargs: dict) -> Any:
-        lifted = on_tree(self.transform, self.where)
-        call = lambda module: getattr(module, method)(*args, **kwargs)
+        def call(module):
+            return getattr(module, method)(*args, **kwargs)
+
         if self.is_initializing():
             call(self.module)  # makes the parameters
-        params = _plain(self.variables)
-        state = self._make(lifted, params) if self.is_initializing() else _stored(lifted, self.variables)
+        bound = on_tree(self.transform, self.where).bind(_plain(self.variables))
+        state = self._make(bound) if self.is_initializing() else _stored(bound, self.variables)
         if state.fixed and self.is_mutable_collection(STATE) and not self.is_initializing():
-            state = lifted.update(params, state)
+            state = bound.update(state)
             for path, entry in state.fixed.items():
                 self.put_variable(STATE, path, entry)
 
-        before, after = jax.tree.leaves(params), jax.tree.leaves(lifted.apply(params, state))
-        new = {id(old): leaf for old, leaf in zip(before, after, strict=True) if leaf is not old}
-        swapped: set[int] = set()
-
         # Leaves are matched by identity: this runs once per scope, and a submodule that is shared with another
         # module has a scope of its own.
+        new = {id(bound.weights[path]): w for path, w in bound.apply(state).items() if w is not bound.weights[path]}
+        swapped: set[int] = set()
+
         def swap(leaf):
             swapped.add(id(leaf))
             return new.get(id(leaf), leaf)
 
-        run = nn.map_variables(call, "params", trans_in_fn=lambda scope: jax.tree.map(swap, scope))
-        y = run(self.module)
-        if missed := set(new) - swapped:
-            paths = [p for p, old in zip(flatten(params)[0], before, strict=True) if id(old) in missed]
+        y = nn.map_variables(call, "params", trans_in_fn=lambda scope: jax.tree.map(swap, scope))(self.module)
+        if missed := new.keys() - swapped:
+            paths = [path for path, w in bound.weights.items() if id(w) in missed]
             raise ValueError(f"Transformed did not reach the weights {paths}: wrap the module that owns them")
         return y
 
-    def _make(self, lifted: TreeTransform, params: Any) -> TreeState:
+    def _make(self, bound: BoundTransform) -> TreeState:
         """The state at initialization, from the key of the parameters."""
         if self.has_variable("params", STATE) or self.variables.get(STATE):
-            return _stored(lifted, self.variables)
-        state = lifted.init(params, self.make_rng("params"))
+            return _stored(bound, self.variables)
+        state = bound.init(self.make_rng("params"))
         if state.learned:
             self.param(STATE, lambda _: state.learned)
         for path, entry in state.fixed.items():
@@ -139,8 +138,8 @@ def fold(model: Transformed, variables: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(model, Transformed):
         raise TypeError(f"model must be a linen.Transformed, got {type(model).__name__}: there is nothing to fold")
-    lifted = on_tree(model.transform, model.where)
-    params = lifted.apply(_plain(variables), _stored(lifted, variables))
+    bound = on_tree(model.transform, model.where).bind(_plain(variables))
+    params = bound.tree.replaced(bound.apply(_stored(bound, variables)))
     return {name: value for name, value in variables.items() if name != STATE} | {"params": params}
 
 
@@ -149,8 +148,10 @@ def _plain(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in variables.get("params", {}).items() if name != STATE}
 
 
-def _stored(lifted: TreeTransform, variables: Mapping[str, Any]) -> TreeState:
-    """The stored state of a wrapper, apart from that of wrappers further in."""
-    selected = lifted.selected(_plain(variables))
-    own = lambda entries: {path: dict(entry) for path, entry in entries.items() if path in selected}
+def _stored(bound: BoundTransform, variables: Mapping[str, Any]) -> TreeState:
+    """The stored state of a wrapper, without that of wrappers further in."""
+
+    def own(entries):
+        return {path: dict(entry) for path, entry in entries.items() if path in bound.weights}
+
     return TreeState(own(variables.get("params", {}).get(STATE, {})), own(variables.get(STATE, {})))

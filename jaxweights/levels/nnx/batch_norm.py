@@ -14,24 +14,25 @@ from jaxweights.techniques.batch_norm import batch_norm, train_batch_norm
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalization with running statistics. Parameters and statistics are named as Flax's.
+    """Batch normalization with running statistics. Parameters and statistics are named as in Flax.
 
-    The running statistics move as `running_stats` says, and not at all in a batch in which nothing counts.
-    `train()` and `eval()` switch between the statistics of the batch and the running ones.
+    The running statistics are updated by `running_stats`. A batch that is masked out entirely leaves them as they are.
+    `train()` and `eval()` switch between the statistics of the batch and the running statistics.
 
     Args:
       num_features: size of the last axis.
-      use_running_average: evaluate with the running statistics; here, by `train`/`eval`, or in the call.
-      momentum: the share per step, as the convention reads it; by default its own: 0.99 in Flax, 0.1 in torch.
-      convention: "flax" keeps `momentum` of the running statistics, variance biased; "torch" takes `momentum` of the
-        batch's, variance unbiased.
+      use_running_average: whether to normalise with the running statistics (evaluation); here, by `train()` and
+        `eval()`, or in the call.
+      momentum: weight of the running average; by default that of the convention, 0.99 for "flax" and 0.1 for "torch".
+      convention: with "flax", `momentum` is the weight of the old statistics and the variance is biased; with "torch",
+        it is the weight of the batch and the variance is unbiased.
       epsilon: ε under the root.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
-      axis_name: name(s) of mapped axes to take the statistics over, by count.
-      ghost_size: trains on ghost batches of so many entries of the first axis, each standardised on its own.
-      renorm: (r_max, d_max) of batch renormalization; here or, so that they may grow, in the call.
-      rngs: taken for the likeness to Flax's modules; nothing is drawn.
+      axis_name: name(s) of mapped axes over which to merge the statistics, weighted by count.
+      ghost_size: in training, the size along the first axis of ghost batches, each standardised on its own.
+      renorm: (r_max, d_max) of batch renormalization; here, or in the call if they follow a schedule.
+      rngs: accepted for compatibility with Flax's modules; not used.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
@@ -87,11 +88,11 @@ class BatchNorm(nnx.Module):
         return y
 
     def set_view(self, use_running_average: bool | None = None, **kwargs) -> dict:
-        """Class method used by `nnx.view`.
+        """Sets the mode of the module for `nnx.view`.
 
         Args:
-          use_running_average: if True, the stored statistics are used.
-          **kwargs: returned for others.
+          use_running_average: if True, the running statistics are used.
+          **kwargs: options of other modules, returned as they are.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average

@@ -13,7 +13,7 @@ from jaxweights.techniques.layer_norm import count_groups, group_norm, instance_
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalization. Parameters are named as Flax's.
+    """Layer normalization. Parameters are named as in Flax.
 
     Args:
       num_features: size of the normalised axis, or sizes of the axes.
@@ -21,7 +21,7 @@ class LayerNorm(nnx.Module):
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
       reduction_axes: axis or axes to normalise over.
-      rngs: taken for the likeness to Flax's modules; nothing is drawn.
+      rngs: accepted for compatibility with Flax's modules; not used.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
@@ -50,14 +50,14 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Division by the root mean square. The parameter is named as Flax's.
+    """RMS normalization: division by the root mean square. The parameter is named as in Flax.
 
     Args:
-      num_features: size of the axis that the mean square is over, or sizes of the axes.
+      num_features: size of the axis that the mean square is taken over, or sizes of the axes.
       epsilon: ε under the root.
       use_scale: whether to multiply by a learned scale.
       reduction_axes: axis or axes to take the mean square over.
-      rngs: taken for the likeness to Flax's modules; nothing is drawn.
+      rngs: accepted for compatibility with Flax's modules; not used.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
@@ -84,16 +84,16 @@ class RMSNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Group normalization. Parameters are named as Flax's.
+    """Group normalization. Parameters are named as in Flax.
 
     Args:
       num_features: size of the last axis.
-      num_groups: number of groups of features; None with `group_size`.
-      group_size: features in a group, in place of `num_groups`.
+      num_groups: number of groups of features; None if `group_size` is given.
+      group_size: number of features per group, instead of `num_groups`.
       epsilon: ε under the root.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
-      rngs: taken for the likeness to Flax's modules; nothing is drawn.
+      rngs: accepted for compatibility with Flax's modules; not used.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
@@ -119,20 +119,20 @@ class GroupNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array, *, mask=None) -> jax.Array:
-        """Normalises `x`, shape (batch, ..., features), in each sample; only entries where `mask` is true count."""
+        """Normalises `x`, shape (batch, ..., features), per sample and group; only true entries of `mask` count."""
         scale, bias = value(self.scale), value(self.bias)
         return group_norm(x, scale, bias, n_groups=self.n_groups, where=mask, eps=self.epsilon)
 
 
 class InstanceNorm(nnx.Module):
-    """Instance normalization. Parameters are named as Flax's.
+    """Instance normalization. Parameters are named as in Flax.
 
     Args:
       num_features: size of the last axis.
       epsilon: ε under the root.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
-      rngs: taken for the likeness to Flax's modules; nothing is drawn.
+      rngs: accepted for compatibility with Flax's modules; not used.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from jaxweights.core.transform import Transform
+from jaxweights.core.transform import State, Transform
 from jaxweights.levels.paths import STATE, Where
-from jaxweights.levels.tree import TreeState, TreeTransform, on_tree
+from jaxweights.levels.tree import BoundTransform, TreeState, TreeTransform, on_tree
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -100,7 +100,8 @@ def fold(module: M) -> M:
     """
     if not hasattr(module, STATE):
         raise ValueError(f"module is a {type(module).__name__} that is not transformed: there is nothing to fold")
-    plain = _shadow(module, type(module).__mro__[1])
+    control = getattr(module, STATE)
+    plain = _shadow(module, type(module).__mro__[1], control.lifted.bind(_params(module)), control.read())
     delattr(plain, STATE)
     return nnx.clone(plain)
 
@@ -111,15 +112,11 @@ class _Control(nnx.Module):
     def __init__(self, lifted: TreeTransform, state: TreeState):
         self.lifted = lifted
         self.deterministic = False
-        tree = lambda kind, part: nnx.data(
-            {path: {n: kind(a) for n, a in entry.items()} for path, entry in part.items()}
-        )
-        self.learned = tree(nnx.Param, state.learned)
-        self.fixed = tree(TransformVariable, state.fixed)
+        self.learned = _variables(nnx.Param, state.learned)
+        self.fixed = _variables(TransformVariable, state.fixed)
 
     def read(self) -> TreeState:
-        values = lambda part: {path: {n: v[...] for n, v in entry.items()} for path, entry in part.items()}
-        return TreeState(values(self.learned), values(self.fixed))
+        return TreeState(_values(self.learned), _values(self.fixed))
 
     def write(self, state: TreeState) -> None:
         for path, entry in state.fixed.items():
@@ -138,6 +135,14 @@ class _Control(nnx.Module):
         return kwargs
 
 
+def _variables(kind: type[nnx.Variable], part: dict[str, State]) -> Any:
+    return nnx.data({path: {n: kind(a) for n, a in entry.items()} for path, entry in part.items()})
+
+
+def _values(part: Any) -> dict[str, State]:
+    return {path: {n: v[...] for n, v in entry.items()} for path, entry in part.items()}
+
+
 def _copy(module: Any, variable: Callable[[tuple, nnx.Variable], nnx.Variable], cls: type[nnx.Module]) -> Any:
     """A copy of the module as a `cls`, with variable(path, old) in place of each variable: not copies of them."""
     graphdef, state = nnx.split(module)
@@ -152,15 +157,13 @@ def _params(module: nnx.Module) -> dict[str, jax.Array]:
     return {"/".join(map(str, path)): v[...] for path, v in flat if STATE not in path}
 
 
-def _shadow(module: Any, base: type[nnx.Module]) -> Any:
+def _shadow(module: Any, base: type[nnx.Module], bound: BoundTransform, state: TreeState) -> Any:
     """The module as its original class, with transformed weights; all other variables are the module's own."""
-    control = getattr(module, STATE)
-    params = _params(module)
-    new = control.lifted.apply(params, control.read())
+    new = bound.apply(state)
 
     def swap(path, variable):
         name = "/".join(map(str, path))
-        return variable if new.get(name) is params.get(name) else variable.replace(new[name])
+        return variable if new.get(name) is bound.weights.get(name) else variable.replace(new[name])
 
     return _copy(module, swap, base)
 
@@ -168,10 +171,11 @@ def _shadow(module: Any, base: type[nnx.Module]) -> Any:
 def _call(self: Any, base: type[nnx.Module], method: str, args: tuple, kwargs: dict) -> Any:
     """Runs a method of the original class on a shadow with transformed weights."""
     control = getattr(self, STATE)
-    state = control.read()
+    bound, state = control.lifted.bind(_params(self)), control.read()
     if state.fixed and not control.deterministic:
-        control.write(control.lifted.update(_params(self), state))
-    shadow = _shadow(self, base)
+        state = bound.update(state)
+        control.write(state)
+    shadow = _shadow(self, base, bound, state)
     pairs = [(mine, its, dict(vars(its))) for mine, its in zip(_nodes(self), _nodes(shadow), strict=True)]
     y = getattr(base, method)(shadow, *args, **kwargs)
     # What the method stored in attributes (sow, caches, counters) belongs to the module.

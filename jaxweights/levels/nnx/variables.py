@@ -1,4 +1,4 @@
-"""What the NNX modules share: parameters that may be left out."""
+"""The learned scale and bias that the NNX norms share, each of which may be absent."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from flax import nnx
 
 
 def scale_and_bias(shape: tuple[int, ...], use_scale: bool, use_bias: bool):
-    """A learned scale and bias, 1 and 0 at first; None, as data, for what is not used."""
+    """Creates a learned scale and bias, initially 1 and 0; None, as data, for one that is not used."""
     scale = nnx.Param(jnp.ones(shape)) if use_scale else nnx.data(None)
     bias = nnx.Param(jnp.zeros(shape)) if use_bias else nnx.data(None)
     return scale, bias
 
 
 def value(variable: nnx.Variable | None) -> jax.Array | None:
-    """The array of a parameter, None where the module has none."""
+    """The array of a parameter, or None if the module has none."""
     return None if variable is None else variable[...]

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from jaxweights.core.joint import apply
 from jaxweights.core.transform import Transform
-from jaxweights.levels.optax.project import landed, moved_by
-from jaxweights.levels.paths import Where, check_params, check_structure, flatten, is_weight
+from jaxweights.levels.optax.project import landing, moved_weights
+from jaxweights.levels.paths import FlatTree, Where, check_params, check_structure, flatten, is_weight
 from jaxweights.levels.tree import TreeState, on_tree
 
 
@@ -75,42 +76,41 @@ def confine(
 
     def update(updates, state, params=None, **extra_args):
         check_params("confine", params)
-        check_structure("confine", "updates", updates, params)
-        masks = lifted.update(params, state.transform, updates)
-        maps = lifted.maps(params, masks)
-        updates, inner = optimizer.update(_mapped(updates, maps), state.optimizer, params, **extra_args)
-        updates = landed(params, updates, moved_by(params, updates, maps), maps, lifted.anchors(params, masks))
-        return updates, ConfineState(masks, _moments_mapped(inner, params, maps))
+        bound, grads = lifted.bind(params), flatten(updates)
+        check_structure("confine", "updates", grads, bound.tree)
+        masks = bound.update(state.transform, grads.by_path)
+        states = bound.states(masks)
+
+        def masked(arrays):
+            return bound.each(lambda t, path: apply(t, arrays[path], states[path]), among=arrays)
+
+        updates, inner = optimizer.update(grads.replaced(masked(grads.by_path)), state.optimizer, params, **extra_args)
+        flat = flatten(updates)
+        moved = bound.with_weights(moved_weights(bound.weights, flat.by_path))
+        updates = flat.replaced(landing(bound, moved, masks, flat.by_path))
+        return updates, ConfineState(masks, _with_masked_moments(inner, bound.tree, masked))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _mapped(tree: Any, maps: Mapping[str, Callable]) -> Any:
-    """A tree with paths of the parameters, each of its arrays under the map of its path."""
-    paths, leaves, treedef = flatten(tree)
-    return treedef.unflatten(maps[p](a) if p in maps else a for p, a in zip(paths, leaves, strict=True))
-
-
-def _moments_mapped(state: Any, params: Any, maps: Mapping[str, Callable]) -> Any:
-    """The state of an optimizer with the map of each weight applied to its moments."""
-    paths, weights, treedef = flatten(params)
+def _with_masked_moments(state: Any, params: FlatTree, masked: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """The state of an optimizer with its moments masked."""
 
     def parts(node: Any) -> list[Any] | None:
-        """What `node` has in the place of each parameter, if it has the structure of them."""
+        """What `node` has in the place of each parameter, if it has the structure of the parameters."""
         try:
-            found = treedef.flatten_up_to(node)
+            found = params.treedef.flatten_up_to(node)
         except (TypeError, ValueError):
             return None
-        return found if any(map(_is_moment, found, weights)) else None
+        return found if any(map(_is_moment, found, params.leaves)) else None
 
     def mapped(node: Any) -> Any:
         found = parts(node)
         if found is None:
             return node
-        new = [
-            maps[p](a) if p in maps and _is_moment(a, w) else a for p, a, w in zip(paths, found, weights, strict=True)
-        ]
-        return treedef.unflatten(new)
+        triples = zip(params.paths, found, params.leaves, strict=True)
+        moments = {path: a for path, a, w in triples if _is_moment(a, w)}
+        return FlatTree(params.paths, found, params.treedef).replaced(masked(moments))
 
     return jax.tree.map(mapped, state, is_leaf=lambda node: parts(node) is not None)
 

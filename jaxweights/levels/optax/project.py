@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import optax
 
-from jaxweights.core.transform import Transform
+from jaxweights.core.tracing import traced_once
+from jaxweights.core.transform import State, Transform
 from jaxweights.levels.paths import Where, check_params, check_structure, flatten
-from jaxweights.levels.tree import TreeState, on_tree
+from jaxweights.levels.tree import BoundTransform, TreeState, on_tree
 from jaxweights.numerics.rounding import exact_delta, exact_sum
 
 
@@ -58,44 +59,44 @@ def project(
     def init(params):
         return ProjectState(lifted.init(params, jax.random.key(seed)))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, grad=None, **extra_args):
         del extra_args
         check_params("project", params)
-        check_structure("project", "updates", updates, params)
-        moved = moved_by(params, updates, lifted.selected(params))
-        tree_state = lifted.update(moved, state.transform, updates)
-        maps, anchors = lifted.maps(moved, tree_state), lifted.anchors(moved, tree_state)
-        return landed(params, updates, moved, maps, anchors), ProjectState(tree_state)
+        bound, updates = lifted.bind(params), flatten(updates)
+        check_structure("project", "updates", updates, bound.tree)
+        moved = bound.with_weights(moved_weights(bound.weights, updates.by_path))
+        grads = None
+        if grad is not None:
+            grads = flatten(grad)
+            check_structure("project", "grad", grads, bound.tree)
+        new = moved.update(state.transform, None if grads is None else grads.by_path)
+        return updates.replaced(landing(bound, moved, new, updates.by_path)), ProjectState(new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def moved_by(params: Any, updates: Any, chosen: Iterable[str]) -> Any:
-    """`params` with those of the chosen paths as the updates move them."""
-    by_path, (paths, leaves, treedef) = _by_path(updates), flatten(params)
-    new = [
-        exact_sum(p, by_path[path]).astype(p.dtype) if path in chosen and path in by_path else p
-        for path, p in zip(paths, leaves, strict=True)
-    ]
-    return jax.tree_util.tree_unflatten(treedef, new)
+def moved_weights(weights: Mapping[str, jax.Array], updates: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The weights as the updates move them, by path. Those without an update stay."""
+    return {path: _moved(None, w, updates[path]) if path in updates else w for path, w in weights.items()}
 
 
-def landed(
-    params: Any,
-    updates: Any,
-    moved: Any,
-    maps: Mapping[str, Callable[[jax.Array], jax.Array]],
-    anchors: Mapping[str, float | jax.Array],
-) -> Any:
-    """The updates that move `params` to `moved` under the maps, by path; the others as they are."""
-    before, reached = _by_path(params), _by_path(moved)
-    paths, flat, treedef = flatten(updates)
-    new = [
-        exact_delta(before[path], u, maps[path](reached[path]), anchors[path]) if path in maps else u
-        for path, u in zip(paths, flat, strict=True)
-    ]
-    return jax.tree_util.tree_unflatten(treedef, new)
+def landing(
+    bound: BoundTransform, moved: BoundTransform, state: TreeState, updates: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """The updates, by path, that take each weight of `bound` to the transform of the `moved` one."""
+    states = moved.states(state)
+
+    def land(t, path):
+        return _landing(t, bound.weights[path], updates[path], moved.weights[path], states[path])
+
+    return bound.each(land, among=updates)
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    return dict(zip(*flatten(tree)[:2], strict=True))
+@traced_once
+def _moved(_, p: jax.Array, u: jax.Array) -> jax.Array:
+    return exact_sum(p, u).astype(p.dtype)
+
+
+@traced_once
+def _landing(t: Transform, p: jax.Array, u: jax.Array, moved: jax.Array, state: State) -> jax.Array:
+    return exact_delta(p, u, t.apply(moved, state), t.anchor(moved, state))

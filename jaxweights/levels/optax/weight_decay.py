@@ -86,7 +86,7 @@ def add_weight_decay(
         chosen = select(paths, leaves, [(None, None)], where)
         centres = {}
         if toward is not None:
-            given = {path: a for path, a in zip(*flatten(toward)[:2], strict=True) if is_weight(a)}
+            given = {path: a for path, a in flatten(toward).by_path.items() if is_weight(a)}
             for i in chosen:
                 found = f"of shape {given[paths[i]].shape}" if paths[i] in given else "missing"
                 if found != f"of shape {leaves[i].shape}":
@@ -99,23 +99,23 @@ def add_weight_decay(
 
     def update(updates, state, params=None):
         check_params("add_weight_decay", params)
-        check_structure("add_weight_decay", "updates", updates, params)
+        weights, updates = flatten(params), flatten(updates)
+        check_structure("add_weight_decay", "updates", updates, weights)
         now = rate(state.step) if callable(rate) else rate
-        paths, p_leaves, _ = flatten(params)
-        weights = {paths[i]: p_leaves[i] for i in select(paths, p_leaves, [(None, None)], where)}
-        u_paths, flat, treedef = flatten(updates)
-        for i, path in enumerate(u_paths):
-            if path in weights:
+        given, decayed = updates.by_path, {}
+        for i in select(weights.paths, weights.leaves, [(None, None)], where):
+            path = weights.paths[i]
+            if path in given:
                 with naming("add_weight_decay", path):
-                    flat[i] = sign * weight_decay(
-                        sign * flat[i],
-                        weights[path],
+                    decayed[path] = sign * weight_decay(
+                        sign * given[path],
+                        weights.leaves[i],
                         now,
                         penalty_grad=penalty_grad,
                         toward=state.toward.get(path),
                         cautious=cautious,
                     )
         step = jnp.asarray(optax.safe_increment(state.step))
-        return jax.tree_util.tree_unflatten(treedef, flat), WeightDecayState(step, state.toward)
+        return updates.replaced(decayed), WeightDecayState(step, state.toward)
 
     return optax.GradientTransformation(init, update)

@@ -1,4 +1,4 @@
-"""Batch normalization: statistics, normalisation and its variants, and folding into the layer before."""
+"""Batch normalization and its variants, its statistics, and folding into the preceding layer."""
 
 from jaxweights.techniques.batch_norm.folding import fold_batch_norm
 from jaxweights.techniques.batch_norm.normalization import batch_norm

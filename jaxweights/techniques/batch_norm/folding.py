@@ -1,4 +1,4 @@
-"""Folding a batch norm into the layer before it."""
+"""Folding of a batch norm into the preceding layer."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def fold_batch_norm(
     eps: float = 1e-5,
     axes: Axes | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Folds a batch norm into the layer before it, so that the two are one layer.
+    """Folds a batch norm into the preceding layer, which makes the two a single layer.
 
-    With m = scale/√(σ² + ε): kernel' = kernel·m, bias' = (bias − μ)·m + offset, and
+    kernel' = kernel·m and bias' = (bias − μ)·m + offset with m = scale/√(σ² + ε), so that
     kernel'ᵀx + bias' = batch_norm(kernelᵀx + bias).
 
     Args:
-      kernel: the kernel of a dense or convolution layer, depthwise and transposed ones too; its output axis numbers
-        the batch norm's features.
+      kernel: kernel of a dense or convolution layer, also depthwise or transposed. Its output axis is that of the
+        features of the batch norm.
       bias: its bias, shape (features,); 0 by default.
       mean: running mean μ, shape (features,).
-      var: running variance σ², shape (features,). Tiny values are governed by `eps`. XLA takes a denormal one
-        (below 1.2e-38) for 0; without ε a variance of 0 makes the feature its `offset`.
+      var: running variance σ², shape (features,). `eps` dominates tiny values. Without ε, a feature of variance 0
+        becomes its `offset`, and XLA flushes denormal variances (below 1.2e-38) to 0.
       scale: the batch norm's scale; 1 by default.
       offset: the batch norm's bias; 0 by default.
       eps: the batch norm's ε.
       axes: how `kernel` is read as a matrix; (..., in, out) by default. With batch axes (a stack of layers), all
-        the others have shape (*batch, features).
+        other arguments have shape (*batch, features).
 
     Returns:
       (kernel', bias') in the dtype of `kernel`, computed in float32 or wider.

@@ -24,23 +24,24 @@ def batch_norm(
 ) -> jax.Array:
     """Standardises each feature over the batch.
 
-    y = (x − μ_B)/√(σ²_B + ε)·scale + bias, over all but the last axis, σ² biased. A gradient stores `x` in its own
-    dtype and two numbers per feature. Both modes of differentiation work, to any order.
+    y = (x − μ_B)/√(σ²_B + ε)·scale + bias with the mean and biased variance over all axes but the last. The backward
+    pass stores `x` in its own dtype and two numbers per feature. Forward and reverse mode work, to any order.
 
     Args:
       x: float array, shape (..., features).
       scale: shape (features,); 1 by default.
       bias: shape (features,); 0 by default.
-      mean: μ, shape (features,), in place of the batch's; give `var` too (evaluation with running statistics).
+      mean: μ, shape (features,), to use in place of the batch mean, for evaluation with running statistics. Requires
+        `var`.
       var: σ², shape (features,).
       where: boolean array that broadcasts to `x`; only true entries count in the statistics.
-      axis_name: name(s) of mapped axes to take the statistics over, by count.
-      ghost_size: splits the first axis into ghost batches of so many entries, each standardised on its own.
+      axis_name: name(s) of mapped axes over which to merge the statistics, weighted by count.
+      ghost_size: splits the first axis into ghost batches of this size, each standardised separately.
       eps: ε >= 0.
 
     Returns:
-      Array of the shape and dtype of `x`, computed in float32 or wider. A feature that is constant,
-      or whose variance is beyond the range of float32, becomes 0 before `scale` and `bias`; NaN stays in its feature.
+      Array of the shape and dtype of `x`, computed in float32 or wider. A feature that is constant, or whose variance
+      is beyond the range of float32, becomes 0 before `scale` and `bias`. NaN does not spread to other features.
 
     Raises:
       TypeError: `x`, `scale`, `bias`, `mean` or `var` is not a float array.
@@ -62,7 +63,7 @@ def batch_norm(
         raise ValueError(f"{'mean' if mean is None else 'var'} is missing: give mean and var together, or neither")
     if mean is not None and not (where is None and axis_name is None and ghost_size is None):
         raise ValueError(
-            "where, axis_name and ghost_size say how to take statistics: leave them out where mean and var are given"
+            "where, axis_name and ghost_size control how statistics are taken: leave them out if mean and var are given"
         )
     check_parameters(x, scale=scale, bias=bias, mean=mean, var=var)
     if mean is not None and var is not None:
@@ -72,7 +73,7 @@ def batch_norm(
 
 
 def check_parameters(x: jax.Array, **given) -> None:
-    """Raises unless every array that is given has one entry per feature of `x`."""
+    """Raises unless every given array has one entry per feature of `x`."""
     for name, value in given.items():
         if value is not None and check_weight(value, name).shape != x.shape[-1:]:
             raise ValueError(f"{name} must have shape {x.shape[-1:]}, one per feature of x, got {jnp.shape(value)}")

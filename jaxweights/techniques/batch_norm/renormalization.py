@@ -1,4 +1,4 @@
-"""Batch renormalization: training that normalises nearly as evaluation does."""
+"""Batch renormalization: normalization in training that is close to that in evaluation."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ def batch_renorm(
     axis_name=None,
     eps: float = 1e-5,
 ) -> jax.Array:
-    """Standardises each feature over the batch, corrected towards the running statistics.
+    """Standardises each feature over the batch, with a correction towards the running statistics.
 
     y = ((x − μ_B)/σ_B·r + d)·scale + bias with r = clip(σ_B/σ, 1/r_max, r_max),
     d = clip((μ_B − μ)/σ, −d_max, d_max), σ_B = √(σ²_B + ε) and σ = √(σ² + ε). No gradient flows through r and d.
-    Where nothing is clipped, y is (x − μ)/σ·scale + bias, as in evaluation; r_max = 1 with d_max = 0 is `batch_norm`.
+    If nothing is clipped, y = (x − μ)/σ·scale + bias, as in evaluation. r_max = 1 with d_max = 0 is `batch_norm`.
 
     Args:
       x: float array, shape (..., features).
       scale: shape (features,); 1 by default.
       bias: shape (features,); 0 by default.
       mean: running mean μ, shape (features,).
-      var: running variance σ², shape (features,). Move both with `running_stats` and `batch_stats`.
-      r_max: at least 1. The paper goes from 1 to 3 in the first steps of training.
-      d_max: at least 0. The paper goes from 0 to 5.
+      var: running variance σ², shape (features,). Update both with `running_stats` and `batch_stats`.
+      r_max: at least 1. The paper raises it from 1 to 3 early in training.
+      d_max: at least 0. The paper raises it from 0 to 5.
       where: boolean array that broadcasts to `x`; only true entries count in the statistics.
-      axis_name: name(s) of mapped axes to take the statistics over, by count.
+      axis_name: name(s) of mapped axes over which to merge the statistics, weighted by count.
       eps: ε >= 0.
 
     Returns:
-      Array of the shape and dtype of `x`, computed in float32 or wider. NaN stays in its feature.
+      Array of the shape and dtype of `x`, computed in float32 or wider. NaN does not spread to other features.
 
     Raises:
-      TypeError: an array is not of a floating dtype.
+      TypeError: an argument is not a float array.
       ValueError: a shape does not fit, or `r_max`, `d_max` or `eps` is out of range.
 
     >>> import jax.numpy as jnp
@@ -64,12 +64,12 @@ def batch_renorm(
     check_parameters(x, scale=scale, bias=bias, mean=mean, var=var)
     x, where, axis = split_batch(x, where, axis_name, None)
     stats = moments(x, axis, where=where, axis_name=axis_name)
-    scale, bias = correct(stats, mean, var, scale, bias, r_max, d_max, eps)
+    scale, bias = renormalized_parameters(stats, mean, var, scale, bias, r_max, d_max, eps)
     return normalize(x, scale, bias, eps, axis=axis, where=where, axis_name=axis_name, stats=stats)
 
 
-def correct(stats: Stats, mean, var, scale, bias, r_max, d_max, eps) -> tuple[jax.Array, jax.Array]:
-    """(r·scale, d·scale + bias): what batch renormalization scales and shifts by."""
+def renormalized_parameters(stats: Stats, mean, var, scale, bias, r_max, d_max, eps) -> tuple[jax.Array, jax.Array]:
+    """(r·scale, d·scale + bias), the scale and bias of batch renormalization."""
     check_scalar("r_max", r_max, 1)
     check_scalar("d_max", d_max, 0)
     batch_mean, batch_var, _ = stats

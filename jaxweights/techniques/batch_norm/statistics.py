@@ -1,4 +1,4 @@
-"""Statistics of a batch, with counts: taken, merged, and averaged over the steps of training."""
+"""Batch statistics with counts: computed, merged, and averaged over training steps."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from jaxweights.numerics.moments import Stats, moments
 
 
 class Convention(NamedTuple):
-    """How a library averages statistics over the steps."""
+    """How a library averages statistics over training steps."""
 
     momentum: float
-    keeps: bool
-    """Whether `momentum` is the share of the old statistics, or of the new."""
+    weights_old: bool
+    """Whether `momentum` is the weight of the old statistics; otherwise of the new ones."""
     unbiased: bool
     """Whether the variance is multiplied by n/(n − 1)."""
 
 
-CONVENTIONS = {"flax": Convention(0.99, True, False), "torch": Convention(0.1, False, True)}
+CONVENTIONS = {
+    "flax": Convention(momentum=0.99, weights_old=True, unbiased=False),
+    "torch": Convention(momentum=0.1, weights_old=False, unbiased=True),
+}
 
 
 def batch_stats(
@@ -34,12 +37,12 @@ def batch_stats(
     Args:
       x: float array, shape (..., features).
       where: boolean array that broadcasts to `x`; only true entries count.
-      axis_name: name(s) of mapped axes (`jax.vmap`, `jax.shard_map`) to merge over, by count.
-      ghost_size: splits the first axis into ghost batches of so many entries, each with statistics of its own.
+      axis_name: name(s) of mapped axes (`jax.vmap`, `jax.shard_map`) over which to merge, weighted by count.
+      ghost_size: splits the first axis into ghost batches of this size, each with its own statistics.
 
     Returns:
-      (mean, var, count), each of shape (features,), or (n_ghosts, features) of ghost batches, float32 or wider.
-      Where nothing counts, all are 0.
+      (mean, var, count), each of shape (features,), or (n_ghosts, features) for ghost batches, float32 or wider. All
+      are 0 where no entry counts.
 
     Raises:
       TypeError: `x` is not a float array.
@@ -57,18 +60,18 @@ def batch_stats(
 
 
 def merge_stats(a: Stats, b: Stats) -> Stats:
-    """Statistics of two batches together.
+    """Merges the statistics of two batches.
 
     n = n_a + n_b, μ = (n_a·μ_a + n_b·μ_b)/n, σ² = (n_a·σ²_a + n_b·σ²_b)/n + (n_a/n)(n_b/n)(μ_b − μ_a)². Associative and
-    commutative up to rounding, so batches may be merged in any order, as by `jax.lax.scan` or
-    `jax.lax.associative_scan`. (0, 0, 0) changes nothing.
+    commutative up to rounding, so batches may be merged in any order, for example by `jax.lax.scan` or
+    `jax.lax.associative_scan`. (0, 0, 0) is the neutral element.
 
     Args:
-      a: (mean, biased variance, count) as of `batch_stats`, arrays that broadcast to one shape.
+      a: (mean, biased variance, count) as from `batch_stats`, arrays that broadcast to one shape.
       b: the same.
 
     Returns:
-      (mean, var, count). An operand whose count is 0 is left out, even if it is NaN; with both 0, all are 0.
+      (mean, var, count). An operand whose count is 0 is ignored, even if it is NaN; if both are 0, the result is 0.
 
     Raises:
       TypeError: an entry is not a float array.
@@ -87,13 +90,19 @@ def merge_stats(a: Stats, b: Stats) -> Stats:
     except ValueError as e:
         shapes = f"{[s.shape for s in a]} and {[s.shape for s in b]}"
         raise ValueError(f"the shapes of a and b must broadcast, got {shapes}: pass statistics of one layer") from e
-    (mean_a, var_a, n_a), (mean_b, var_b, n_b) = (tuple(jnp.where(s[2] > 0, v, 0) for v in s) for s in (a, b))
+    (mean_a, var_a, n_a), (mean_b, var_b, n_b) = _zero_if_empty(a), _zero_if_empty(b)
     n = n_a + n_b
     share_a, share_b = n_a / jnp.maximum(n, 1), n_b / jnp.maximum(n, 1)
-    # The product of two small factors, one of them 0 for an empty batch: the square alone might overflow.
+    # The product of two small factors, one of which is 0 for an empty batch: the plain square might overflow.
     difference = mean_b - mean_a
     spread = (share_a * difference) * (share_b * difference)
     return share_a * mean_a + share_b * mean_b, share_a * var_a + share_b * var_b + spread, n
+
+
+def _zero_if_empty(stats: Stats) -> Stats:
+    """Statistics with zeros where the count is 0."""
+    mean, var, count = stats
+    return jnp.where(count > 0, mean, 0), jnp.where(count > 0, var, 0), jnp.where(count > 0, count, 0)
 
 
 def running_stats(
@@ -103,19 +112,19 @@ def running_stats(
     *,
     convention: Literal["flax", "torch"] = "flax",
 ) -> tuple[jax.Array, jax.Array]:
-    """Running mean and variance, one step on; as they were where the batch counts nothing.
+    """Updates the running mean and variance; unchanged where no entry of the batch counts.
 
     Flax: running ← momentum·running + (1 − momentum)·batch, with the biased variance.
     torch: running ← (1 − momentum)·running + momentum·batch, with the unbiased variance σ²·n/(n − 1).
 
     Args:
       running: (mean, var), each of shape (features,).
-      batch: (mean, var, count) from `batch_stats`. Of ghost batches, (n_ghosts, features), one after the other.
-      momentum: in [0, 1]; by default the convention's own, 0.99 in Flax and 0.1 in torch.
+      batch: (mean, var, count) from `batch_stats`. Ghost batches, (n_ghosts, features), apply one after the other.
+      momentum: in [0, 1]; by default that of the convention, 0.99 in Flax and 0.1 in torch.
       convention: "flax" or "torch".
 
     Returns:
-      (mean, var) in the dtypes of `running`. A single entry has no unbiased variance: it moves the mean alone.
+      (mean, var) in the dtypes of `running`. A single entry has no unbiased variance, so it only updates the mean.
 
     Raises:
       TypeError: `momentum` is not a number.
@@ -135,30 +144,43 @@ def running_stats(
             f"running must be (mean, var) and batch (mean, var, count), got {len(running)} and {len(batch)} arrays: "
             f"take batch from batch_stats"
         )
-    default, keeps, unbiased = check_convention(convention)
-    momentum = default if momentum is None else momentum
+    rule = check_convention(convention)
+    momentum = rule.momentum if momentum is None else momentum
     check_scalar("momentum", momentum, 0, 1)
-    shape = jnp.shape(running[0])
-    ghosts = jnp.shape(batch[0])[:-1]
-    one_each = lambda s: s == shape or (len(ghosts) == 1 and s == ghosts + shape)
-    for name, value in zip(("running var", "mean", "var", "count"), (running[1], *batch), strict=True):
-        if jnp.shape(value) != shape and (name == "running var" or not one_each(jnp.shape(value))):
-            raise ValueError(
-                f"{name} has shape {jnp.shape(value)}, the running mean {shape}: both must have one entry per feature"
-            )
-    if jnp.shape(batch[0]) != shape:
-        step = lambda now, ghost: (running_stats(now, ghost, momentum, convention=convention), None)
-        return jax.lax.scan(step, tuple(running), batch)[0]  # type: ignore[return-value]
+    running_mean, running_var = running
     mean, var, count = batch
-    kept = momentum if keeps else 1 - momentum
-    mix = lambda old, new, counts: jnp.where(counts, kept * old + (1 - kept) * new, old).astype(old.dtype)
-    if unbiased:
+    shape, ghosts = jnp.shape(running_mean), jnp.shape(mean)[:-1]
+    batch_shapes = (shape, ghosts + shape) if len(ghosts) == 1 else (shape,)
+    for name, value, allowed in (
+        ("running var", running_var, (shape,)),
+        ("mean", mean, batch_shapes),
+        ("var", var, batch_shapes),
+        ("count", count, batch_shapes),
+    ):
+        if jnp.shape(value) not in allowed:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(value)} and the running mean {shape}: both must have one entry per "
+                f"feature"
+            )
+    if jnp.shape(mean) != shape:
+
+        def step(running, ghost):
+            return running_stats(running, ghost, momentum, convention=convention), None
+
+        updated, _ = jax.lax.scan(step, (running_mean, running_var), batch)
+        return updated
+    kept = momentum if rule.weights_old else 1 - momentum
+
+    def mix(old, new, counts):
+        return jnp.where(counts, kept * old + (1 - kept) * new, old).astype(old.dtype)
+
+    if rule.unbiased:
         var = var * (count / jnp.maximum(count - 1, 1))
-    return mix(running[0], mean, count > 0), mix(running[1], var, count > (1 if unbiased else 0))
+    return mix(running_mean, mean, count > 0), mix(running_var, var, count > (1 if rule.unbiased else 0))
 
 
 def check_features(x) -> jax.Array:
-    """`x` as a float array with a last axis, or an error."""
+    """Converts `x` to a float array, and raises if it has no axis."""
     x = check_weight(x, "x")
     if x.ndim < 1:
         raise ValueError("x must have a last axis of features, got a scalar: add one with x[None]")
@@ -166,14 +188,14 @@ def check_features(x) -> jax.Array:
 
 
 def check_convention(convention: str) -> Convention:
-    """What the convention of this name is, or an error."""
+    """The convention of this name; raises if there is none."""
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {', '.join(map(repr, CONVENTIONS))}, got {convention!r}")
     return CONVENTIONS[convention]
 
 
 def check_stats(name: str, stats) -> Stats:
-    """`stats` as three float arrays, or an error."""
+    """Converts `stats` to three float arrays, or raises."""
     if not isinstance(stats, tuple | list) or len(stats) != 3:
         raise ValueError(f"{name} must be (mean, var, count), got {type(stats).__name__}: take it from batch_stats")
     mean, var, count = (
@@ -185,19 +207,22 @@ def check_stats(name: str, stats) -> Stats:
 def split_batch(
     x: jax.Array, where: jax.Array | None, axis_name, ghost_size: int | None
 ) -> tuple[jax.Array, jax.Array | None, tuple[int, ...]]:
-    """`x` and its mask with the first axis split in (ghosts, ghost_size), if at all, and the axes of the statistics."""
+    """Splits the first axis of `x` and the mask into (ghosts, ghost_size), if given, and finds the axes to reduce."""
     where = None if where is None else check_mask(where, x.shape)
     if ghost_size is None:
         return x, where, tuple(range(x.ndim - 1))
     check_integer("ghost_size", ghost_size, 1)
     if axis_name is not None:
-        raise ValueError("axis_name merges devices and ghost_size parts a batch: give one of them")
+        raise ValueError("axis_name merges batches and ghost_size splits one: give one of them")
     if x.ndim < 2 or x.shape[0] % ghost_size:
         raise ValueError(f"ghost_size={ghost_size} must divide the first axis of x, which has shape {x.shape}")
-    split = lambda a: a[None] if a.shape[0] == 1 else a.reshape(-1, ghost_size, *a.shape[1:])
+
+    def split(a):
+        return a[None] if a.shape[0] == 1 else a.reshape(-1, ghost_size, *a.shape[1:])
+
     return split(x), None if where is None else split(where), tuple(range(1, x.ndim))
 
 
 def per_feature(stats: Stats, axis: tuple[int, ...]) -> Stats:
-    """Statistics without the axes they are over."""
+    """Removes the reduced axes from statistics."""
     return tuple(jnp.squeeze(s, axis) for s in stats)  # type: ignore[return-value]

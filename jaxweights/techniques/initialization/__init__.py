@@ -1,8 +1,8 @@
-"""Weight initialization: constants, distributions, scales by the fans of a layer, matrices, scales by depth and width.
+"""Weight initializers: constants, distributions, variance scaling by fans, matrices, scaling by depth and width.
 
-An initializer is a function `(key, shape, dtype=float32, *, ...) -> array`, so it is a `kernel_init=` of Flax and a
-rule of `reinitialize` as it stands, and with its options set by `functools.partial(orthogonal, gain=2.0)`. Those whose
-values depend on which axes are input and output take `axes`.
+An initializer is a function `(key, shape, dtype=float32, *, ...) -> array`. It serves as a `kernel_init=` of Flax and
+as a rule of `reinitialize`, as it is or with options set by `functools.partial(orthogonal, gain=2.0)`. Initializers
+whose values depend on which axes are inputs and outputs take `axes`.
 """
 
 from jaxweights.techniques.initialization.constants import constant, ones, zeros

@@ -1,4 +1,4 @@
-"""Initializers that draw nothing."""
+"""Constant initializers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxweights.core.transform import Number
 
 
 def constant(key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, value: Number) -> jax.Array:
-    """The same number everywhere.
+    """Fills a weight with one number.
 
     Args:
       key: not used.
@@ -24,7 +24,7 @@ def constant(key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, value: 
       Array of the given shape and dtype.
 
     Raises:
-      TypeError: `dtype` is not a real floating dtype, or `value` no number.
+      TypeError: `dtype` is not a real floating dtype, or `value` is not a number.
 
     >>> import jax
     >>> print(constant(jax.random.key(0), (3,), value=0.5))
@@ -36,7 +36,7 @@ def constant(key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, value: 
 
 
 def zeros(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
-    """0 everywhere: biases, and the last layer of a residual branch. Arguments as `constant`.
+    """Zeros, for biases and the last layer of a residual branch. Arguments as in `constant`.
 
     >>> import jax
     >>> print(zeros(jax.random.key(0), (3,)))
@@ -46,7 +46,7 @@ def zeros(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
 
 
 def ones(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
-    """1 everywhere: the scale of a norm. Arguments as `constant`.
+    """Ones, for the scale of a normalization layer. Arguments as in `constant`.
 
     >>> import jax
     >>> print(ones(jax.random.key(0), (3,)))

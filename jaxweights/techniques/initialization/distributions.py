@@ -1,4 +1,4 @@
-"""Draws from a distribution whose scale does not depend on the layer."""
+"""Random initializers whose scale does not depend on the layer."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def normal(
     Args:
       key: a `jax.random` key.
       shape: shape of the weight.
-      dtype: floating dtype. 16 bits are rounded from a draw in float32.
+      dtype: floating dtype. 16-bit values are rounded from a draw in float32.
       mean: μ.
-      std: σ >= 0. 1 as in torch; JAX's own has 0.01.
+      std: σ >= 0. The default is that of torch; JAX's is 0.01.
 
     Returns:
       Array of the given shape and dtype.
 
     Raises:
-      TypeError: `dtype` is not a real floating dtype, or a parameter no number.
+      TypeError: `dtype` is not a real floating dtype, or a parameter is not a number.
       ValueError: `std` is negative.
 
     >>> import jax
@@ -52,27 +52,27 @@ def truncated_normal(
     low: Number = -2.0,
     high: Number = 2.0,
 ) -> jax.Array:
-    """Normal distribution N(mean, std²) without its tails: mean + std·z, low <= z <= high.
+    """Truncated normal distribution: mean + std·z with z ~ N(0, 1) restricted to [low, high].
 
-    `std` is that of the distribution before the cut, as in JAX and torch: at ±2 that of the draws is 0.8796·std. (The
-    `truncated=True` of `xavier_normal`, `he_normal` and `lecun_normal` widens the distribution, so that theirs stays.)
-    torch's `trunc_normal_(mean, std, a, b)` cuts at absolute values: low = (a − mean)/std, high = (b − mean)/std.
+    `std` is the standard deviation before truncation, as in JAX and torch: truncated at ±2, draws have 0.8796·std.
+    (`truncated=True` of `xavier_normal`, `he_normal` and `lecun_normal` corrects for this factor.) The limits of
+    torch's `trunc_normal_(mean, std, a, b)` are absolute: low = (a − mean)/std, high = (b − mean)/std.
 
     Args:
       key: a `jax.random` key.
       shape: shape of the weight.
-      dtype: floating dtype. 16 bits are rounded from a draw in float32.
+      dtype: floating dtype. 16-bit values are rounded from a draw in float32.
       mean: μ.
       std: σ >= 0.
-      low: where the distribution is cut below, in standard deviations from the mean.
-      high: where it is cut above.
+      low: the lower limit, in standard deviations from the mean.
+      high: the upper limit, likewise.
 
     Returns:
       Array of the given shape and dtype.
 
     Raises:
-      TypeError: `dtype` is not a real floating dtype, or a parameter no number.
-      ValueError: `std` is negative, or `low` above `high`.
+      TypeError: `dtype` is not a real floating dtype, or a parameter is not a number.
+      ValueError: `std` is negative, or `low` is above `high`.
 
     >>> import jax
     >>> w = truncated_normal(jax.random.key(0), (300, 300), std=0.02)
@@ -97,15 +97,15 @@ def uniform(
     Args:
       key: a `jax.random` key.
       shape: shape of the weight.
-      dtype: floating dtype. 16 bits are rounded from a draw in float32.
+      dtype: floating dtype. 16-bit values are rounded from a draw in float32.
       low: the smallest value.
-      high: the supremum; 1 as in torch. JAX's own draws from U(0, 0.01).
+      high: the supremum. The default is that of torch; JAX's is 0.01.
 
     Returns:
       Array of the given shape and dtype.
 
     Raises:
-      TypeError: `dtype` is not a real floating dtype, or a parameter no number.
+      TypeError: `dtype` is not a real floating dtype, or a parameter is not a number.
       ValueError: `low` is above `high`.
 
     >>> import jax

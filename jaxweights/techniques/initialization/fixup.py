@@ -1,4 +1,4 @@
-"""Residual networks without normalization."""
+"""Fixup initialization: residual networks without normalization."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def fixup(
     n_layers: int,
     mode: Mode = "fan_in",
 ) -> jax.Array:
-    """Fixup's initialization of the layers within residual branches: `he_normal` times L^(−1/(2m − 2)).
+    """Fixup initialization of the layers inside residual branches: `he_normal` times L^(−1/(2m − 2)).
 
-    With it, a step of SGD changes the output of a network of L residual branches of m layers by as much whatever L is,
-    and it trains without normalization. It is one rule of several, the first that matches a weight being taken:
+    A network of L residual branches of m layers then trains without normalization: an SGD step changes its output by
+    the same amount for every L. This initializer is one of several rules; the first that matches a weight applies:
 
         init = jw.initializers
         inner = functools.partial(init.fixup, n_branches=L, n_layers=m)
@@ -33,12 +33,12 @@ def fixup(
             "**/block_*/last/kernel": init.zeros,     # the last layer of every branch
             "head/**": init.zeros,                    # the classifier
             "**/block_*/*/kernel": inner,             # the other layers of the branches
-            "**/kernel": jw.he_normal,                # all layers outside of them
+            "**/kernel": jw.he_normal,                # all layers outside the branches
         })
 
-    A branch of one layer has only its last one: 0. What is left of Fixup are parameters of the network, not values: a
-    scalar multiplier (1 at the start) in every branch, and a scalar bias (0) before each of its convolutions and
-    activations. They are the module's to define.
+    The only layer of a one-layer branch is its last, so it starts at 0. The rest of Fixup is additional parameters,
+    which the module must define: a scalar multiplier (initially 1) in every branch, and a scalar bias (initially 0)
+    before each of its convolutions and activations.
 
     Args:
       key: a `jax.random` key.
@@ -53,7 +53,7 @@ def fixup(
       Array of the given shape and dtype.
 
     Raises:
-      TypeError: `dtype` is not a real floating dtype, or a count no integer.
+      TypeError: `dtype` is not a real floating dtype, or a count is not an integer.
       ValueError: `axes` does not fit, `n_branches` is below 1, or `n_layers` below 2.
 
     >>> import jax

@@ -1,4 +1,4 @@
-"""The factor by which weights must be larger for the activation that follows."""
+"""Gains: factors of initial weights that make up for the effect of an activation on the size of activations."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _CUSTOMARY = {"linear": 1.0, "sigmoid": 1.0, "tanh": 5 / 3, "relu": math.sqrt(2)
 
 
 def gain(activation: Callable[[jax.Array], jax.Array] | str) -> float:
-    """The factor for weights around an activation that keeps the size of activations: 1/√E[f(z)²], z ~ N(0, 1).
+    """The factor of weights that preserves the size of activations: 1/√E[f(z)²], f the activation, z ~ N(0, 1).
 
-    For a function it is computed. For a name it is the customary value, that of torch's `calculate_gain`, which for
-    tanh, sigmoid and SELU is not what the formula gives:
+    It is computed for a function. A name gives the customary value of torch's `calculate_gain`, which differs from the
+    formula for tanh, sigmoid and SELU:
 
     | activation | by name | by function |
     | --- | --- | --- |
@@ -54,9 +54,9 @@ def gain(activation: Callable[[jax.Array], jax.Array] | str) -> float:
         return _CUSTOMARY[activation]
     if not callable(activation):
         raise TypeError(f"activation must be a function or a name, got {activation!r}: pass one such as jax.nn.gelu")
-    # The trapezoidal rule on a grid through 0, where activations have their kinks: as exact as float32 for the table.
+    # The trapezoidal rule on a grid through 0, where activations have kinks: accurate to float32 for the table.
     z = np.linspace(-12, 12, 24001)
-    # Compiled on its own, so that the gain is a number under jit too.
+    # Compiled separately, so the gain is a number under jit too.
     computed = jax.jit(activation).lower(jax.ShapeDtypeStruct(z.shape, jnp.float32)).compile()
     f = np.asarray(computed(z.astype(np.float32)), np.float64)
     square = np.sum(f**2 * np.exp(-(z**2) / 2)) / np.sum(np.exp(-(z**2) / 2))

@@ -1,4 +1,4 @@
-"""Layers that start by passing on what they get."""
+"""Identity initializers: layers that initially pass their input through."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jaxweights.core.axes import Axes, Reading, axes_or_default
 from jaxweights.core.checks import check_dtype, check_scalar, check_shape
 from jaxweights.core.transform import Number
-from jaxweights.techniques.initialization.orthogonal import at_the_middle, matrix_shape
+from jaxweights.techniques.initialization.orthogonal import matrix_shape, place_at_centre
 
 
 def identity(
     key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None, gain: Number = 1.0
 ) -> jax.Array:
-    """The identity: gain·I, of which a matrix that is not square has the first rows or columns.
+    """The identity gain·I; a matrix that is not square has its first rows or columns.
 
     Args:
       key: not used.
@@ -30,7 +30,7 @@ def identity(
       Array of the given shape and dtype.
 
     Raises:
-      TypeError: `dtype` is not a real floating dtype, or `gain` no number.
+      TypeError: `dtype` is not a real floating dtype, or `gain` is not a number.
       ValueError: `axes` does not fit, or the weight has a window.
 
     >>> import jax
@@ -56,23 +56,23 @@ def identity(
 def dirac(
     key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None, gain: Number = 1.0
 ) -> jax.Array:
-    """The convolution that does nothing: the `identity` at the middle of the window, and 0 around it.
+    """The identity (Dirac) convolution: the `identity` at the centre of the window, and 0 elsewhere.
 
-    With stride 1 and padding "SAME" or "CIRCULAR", output i is gain times input i, as far as there are both. In a
-    grouped convolution each group has an identity of its own.
+    With stride 1 and padding "SAME" or "CIRCULAR", output i is gain times input i, as far as both exist. In a grouped
+    convolution each group has its own identity.
 
     Args:
       key: not used.
       shape: shape of the kernel.
       dtype: floating dtype.
       axes: how the kernel is read as a matrix; (*window, in, out) by default.
-      gain: the entries that are not 0.
+      gain: the nonzero entries.
 
     Returns:
-      Array of the given shape and dtype. The middle of an even window k is (k − 1)//2, that of "SAME" in JAX.
+      Array of the given shape and dtype. The centre of an even window k is (k − 1)//2, as for "SAME" in JAX.
 
     Raises:
-      TypeError: `dtype` is not a real floating dtype, or `gain` no number.
+      TypeError: `dtype` is not a real floating dtype, or `gain` is not a number.
       ValueError: `axes` does not fit.
 
     >>> import jax
@@ -82,4 +82,4 @@ def dirac(
     References: Zagoruyko and Komodakis, DiracNets: Training Very Deep Neural Networks Without Skip-Connections,
     arXiv:1706.00388, 2017.
     """
-    return at_the_middle(lambda shape: identity(key, shape, dtype, axes=axes, gain=gain), shape, axes)
+    return place_at_centre(lambda shape: identity(key, shape, dtype, axes=axes, gain=gain), shape, axes)

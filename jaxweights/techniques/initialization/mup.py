@@ -1,4 +1,4 @@
-"""Scales of a weight under the maximal update parametrization (muP)."""
+"""Scale factors of a weight under the maximal update parametrization (muP)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from jaxweights.core.checks import check_shape
 
 
 class MupScales(NamedTuple):
-    """Factors of one weight: 1 for all at the width of the base."""
+    """Factors for one weight, all 1 at the width of the base."""
 
     init: float
-    """Of an initialization whose variance is proportional to 1/n_in."""
+    """Factor of the initial weights, if their variance is proportional to 1/n_in."""
     adam: float
-    """Of the learning rate, for updates whose size does not depend on that of the gradient."""
+    """Factor of the learning rate, if the size of updates does not depend on the size of the gradient."""
     sgd: float
-    """Of the learning rate, for updates in proportion to the gradient."""
+    """Factor of the learning rate, if updates are proportional to the gradient."""
 
 
 def mup(shape: Sequence[int], base_shape: Sequence[int], *, axes: Axes | None = None) -> MupScales:
-    """The scales of a weight under muP, relative to a narrower network in which it has `base_shape`.
+    """The scale factors of a weight under muP, relative to a narrower network in which it has `base_shape`.
 
-    With r_in and r_out the ratios of the weight's fans to those in the base, a weight is
+    Let r_in and r_out be the ratios of the weight's fans to those in the base. Then
 
     | | r_in | r_out | init | Adam | SGD |
     | --- | --- | --- | --- | --- | --- |
@@ -31,18 +31,18 @@ def mup(shape: Sequence[int], base_shape: Sequence[int], *, axes: Axes | None = 
     | hidden | grows | grows | 1 | 1/r_in | r_out/r_in |
     | output | grows | 1 | 1/√r_in | 1/r_in | 1/r_in |
 
-    which is Adam: 1/r_in and SGD: r_out/r_in for all of them. Under these every activation keeps its size and moves by
-    as much in a step at every width, and learning rates found in the base hold in the wide network. It is the paper's
-    Table 3, which needs no multipliers in the forward pass.
+    In every row Adam is 1/r_in and SGD is r_out/r_in. With these factors, activations have the same size and change by
+    the same amount per step at every width, so learning rates tuned on the base carry over to the wide network. This is
+    Table 3 of the paper, which needs no multipliers in the forward pass.
 
     Args:
       shape: shape of the weight.
       base_shape: its shape in the base.
-      axes: how both are read as a matrix; (..., in, out) by default. A bias or a scale of a norm is an output without
+      axes: how both are read as a matrix; (..., in, out) by default. A bias or the scale of a norm has an output but no
         input: `Axes(input=(), output=0)`.
 
     Returns:
-      `MupScales(init, adam, sgd)`, numbers. `init` is on top of an initialization with variance c/n_in.
+      `MupScales(init, adam, sgd)`, numbers. `init` multiplies weights drawn with variance c/n_in.
 
     Raises:
       ValueError: the shapes differ in rank or in their batch axes, or a fan is zero.

@@ -1,4 +1,4 @@
-"""Weights that preserve the norm of what they multiply."""
+"""Orthogonal initializers: weights that preserve the norm of their input."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 def orthogonal(
     key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None, gain: Number = 1.0
 ) -> jax.Array:
-    """Random orthogonal matrices: gain·Q, QᵀQ = I (or QQᵀ = I where there are more columns than rows).
+    """Random orthogonal matrices gain·Q, QᵀQ = I (or QQᵀ = I if there are more columns than rows).
 
-    Q is distributed uniformly (by the Haar measure): the QR decomposition of a normal matrix, with the signs of R's
-    diagonal moved to Q. Every matrix of a stack, and every group of a grouped convolution, is drawn for itself.
+    Q is distributed uniformly (by the Haar measure). It comes from the QR decomposition of a normal matrix, with the
+    signs of R's diagonal moved to Q. Every matrix of a stack and group of a grouped convolution is drawn separately.
 
     Args:
       key: a `jax.random` key.
       shape: shape of the weight. A vector has norm `gain`.
-      dtype: floating dtype. 16 bits are rounded from float32, so they are orthogonal up to rounding.
+      dtype: floating dtype. 16-bit values are rounded from float32, so they are orthogonal up to rounding.
       axes: how the weight is read as a matrix; (..., in, out) by default.
       gain: the singular values.
 
@@ -32,7 +32,7 @@ def orthogonal(
       Array of the given shape and dtype.
 
     Raises:
-      TypeError: `dtype` is not a real floating dtype, or `gain` no number.
+      TypeError: `dtype` is not a real floating dtype, or `gain` is not a number.
       ValueError: `axes` does not fit.
 
     >>> import jax
@@ -56,7 +56,7 @@ def orthogonal(
 def delta_orthogonal(
     key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None, gain: Number = 1.0
 ) -> jax.Array:
-    """A convolution that preserves norms: an `orthogonal` matrix at the middle of the window, and 0 around it.
+    """A norm-preserving convolution: an `orthogonal` matrix at the centre of the window, and 0 elsewhere.
 
     With stride 1, padding "CIRCULAR" or "SAME" and at least as many outputs as inputs, ‖conv(x)‖ = gain·‖x‖.
 
@@ -68,11 +68,11 @@ def delta_orthogonal(
       gain: the singular values of the matrix.
 
     Returns:
-      Array of the given shape and dtype. The middle of an even window k is (k − 1)//2, that of "SAME" in JAX.
+      Array of the given shape and dtype. The centre of an even window k is (k − 1)//2, as for "SAME" in JAX.
 
     Raises:
-      TypeError: `dtype` is not a real floating dtype, or `gain` no number.
-      ValueError: `axes` does not fit, or there are more inputs than outputs (of a group).
+      TypeError: `dtype` is not a real floating dtype, or `gain` is not a number.
+      ValueError: `axes` does not fit, or a group has more inputs than outputs.
 
     >>> import jax
     >>> w = delta_orthogonal(jax.random.key(0), (3, 1, 2))
@@ -83,27 +83,27 @@ def delta_orthogonal(
     Convolutional Neural Networks, arXiv:1806.05393, 2018.
     """
 
-    def middle(shape: tuple[int, ...]) -> jax.Array:
+    def draw_centre(shape: tuple[int, ...]) -> jax.Array:
         *_, n_in, n_out = matrix_shape(shape, axes_or_default(axes, len(shape)))
         if n_in > n_out:
             raise ValueError(
-                f"a kernel with {n_in} inputs and {n_out} outputs cannot preserve norms: use orthogonal, which has "
-                f"orthonormal columns then"
+                f"a kernel with {n_in} inputs and {n_out} outputs cannot preserve norms: use orthogonal, whose "
+                f"columns are then orthonormal"
             )
         return orthogonal(key, shape, dtype, axes=axes, gain=gain)
 
-    return at_the_middle(middle, shape, axes)
+    return place_at_centre(draw_centre, shape, axes)
 
 
-def at_the_middle(draw: Callable[[tuple[int, ...]], jax.Array], shape: Sequence[int], axes: Axes | None) -> jax.Array:
-    """A kernel that is 0 but at the middle of the window, where it is `draw` of the shape with a window of 1."""
+def place_at_centre(draw: Callable[[tuple[int, ...]], jax.Array], shape: Sequence[int], axes: Axes | None) -> jax.Array:
+    """A kernel that is 0 except at the centre of the window, which is `draw(shape)` for a window of size 1."""
     shape = check_shape("shape", shape)
     window = Reading.of(axes, shape).window
-    middle = draw(tuple(1 if a in window else n for a, n in enumerate(shape)))
+    centre = draw(tuple(1 if a in window else n for a, n in enumerate(shape)))
     before = [(n - 1) // 2 if a in window else 0 for a, n in enumerate(shape)]
-    return jnp.pad(middle, [(b, n - b - m) for b, n, m in zip(before, shape, middle.shape, strict=True)])
+    return jnp.pad(centre, [(b, n - b - m) for b, n, m in zip(before, shape, centre.shape, strict=True)])
 
 
 def matrix_shape(shape: Sequence[int], axes: Axes) -> tuple[int, ...]:
-    """That of `axes.matrix(w)`: (*batch, [groups,] rows, columns)."""
+    """The shape of `axes.matrix(w)`: (*batch, [groups,] rows, columns)."""
     return jax.eval_shape(axes.matrix, jax.ShapeDtypeStruct(tuple(shape), jnp.float32)).shape

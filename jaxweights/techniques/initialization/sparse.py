@@ -1,4 +1,4 @@
-"""Units that start with few inputs."""
+"""Sparse initialization: output units that start with few inputs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def sparse(
     sparsity: Number,
     std: Number = 0.01,
 ) -> jax.Array:
-    """Sparse weights: of the n inputs of each output unit round(sparsity·n) have weight 0, the others N(0, std²).
+    """Sparse weights: round(sparsity·n) of the n inputs of each output unit have weight 0, the others N(0, std²).
 
-    Which are 0 is drawn for each unit. (torch's `sparse_` counts along the columns of its (out, in) layout, so it
-    limits how many units an input feeds; here it is the inputs of a unit, as in the paper.)
+    The zeros are drawn separately for each unit. (torch's `sparse_` counts along the columns of its (out, in) layout,
+    so it limits how many units an input feeds. This function limits the inputs of a unit, as in the paper.)
 
     Args:
       key: a `jax.random` key.
@@ -41,7 +41,7 @@ def sparse(
       Array of the given shape and dtype.
 
     Raises:
-      TypeError: `dtype` is not a real floating dtype, or a parameter no number.
+      TypeError: `dtype` is not a real floating dtype, or a parameter is not a number.
       ValueError: `axes` does not fit, `sparsity` is not in [0, 1], or `std` is negative.
 
     >>> import jax

@@ -1,10 +1,10 @@
-"""Random weights whose variance follows from the fans of the layer."""
+"""Variance scaling: random weights whose variance follows from the fans of the layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,9 @@ from jaxweights.core.transform import Number
 from jaxweights.techniques.initialization.distributions import normal, truncated_normal, uniform
 
 Initializer = Callable[..., jax.Array]
-"""`(key, shape, dtype) -> array`. One that has a parameter `axes` is given those that follow from the tree."""
+"""`(key, shape, dtype) -> array`. If it has a parameter `axes`, it receives the axes that follow from the tree."""
 
-_MEAN: dict[str, Callable[[int, int], float]] = {
-    "fan_in": lambda n_in, n_out: n_in,
-    "fan_out": lambda n_in, n_out: n_out,
-    "fan_avg": lambda n_in, n_out: (n_in + n_out) / 2,
-    "fan_geo_avg": lambda n_in, n_out: math.sqrt(n_in * n_out),
-}
-_TRUNCATED_STD = 0.87962566103423978  # standard deviation of a normal distribution cut at ±2
+_TRUNCATED_STD = 0.87962566103423978  # standard deviation of N(0, 1) truncated at ±2
 Mode = Literal["fan_in", "fan_out", "fan_avg", "fan_geo_avg"]
 Distribution = Literal["normal", "truncated_normal", "uniform"]
 
@@ -38,30 +32,30 @@ def variance_scaling(
     mode: Mode = "fan_in",
     distribution: Distribution = "normal",
 ) -> jax.Array:
-    """Random weights of mean 0 and variance scale / n, where n is a fan of the layer or a mean of both.
+    """Random weights of mean 0 and variance scale / n, where n is a fan of the layer or a mean of both fans.
 
-    Xavier's, He's and LeCun's are cases of it: `xavier_normal`, `he_normal`, `lecun_normal`.
+    `xavier_normal`, `he_normal` and `lecun_normal` are special cases.
 
-    The fans are those of `jaxweights.axes.fans`. A kernel (*window, 1, out) has n_in = Πwindow, in a depthwise
-    convolution too. Its n_out, which Xavier's and "fan_out" use, is out·Πwindow, but out/groups·Πwindow in a depthwise
-    one. Its shape does not tell which it is: there, pass `axes=jaxweights.axes.depthwise(groups)`.
+    `jaxweights.axes.fans` computes the fans. A kernel (*window, 1, out) has n_in = Πwindow, whether depthwise or not.
+    Its n_out, which Xavier and "fan_out" use, is out·Πwindow, but out/groups·Πwindow in a depthwise convolution. The
+    shape does not distinguish the two: for a depthwise kernel, pass `axes=jaxweights.axes.depthwise(groups)`.
 
     Args:
       key: a `jax.random` key.
-      shape: shape of the weight, of at least one axis.
-      dtype: floating dtype. 16 bits are rounded from a draw in float32.
+      shape: shape of the weight, with at least one axis.
+      dtype: floating dtype. 16-bit values are rounded from a draw in float32.
       axes: how the weight is read as a matrix; (..., in, out) by default. Batch axes do not count as fans.
       scale: the variance times n, at least 0.
-      mode: what n is: "fan_in" (n_in: activations keep their size), "fan_out" (n_out: gradients do),
-        "fan_avg" or "fan_geo_avg" (the arithmetic or geometric mean of both).
-      distribution: "normal"; "truncated_normal": cut at two standard deviations, and widened so that the variance
-        stays; "uniform": U(−a, a), a² = 3·scale/n.
+      mode: the n to use: "fan_in" (n_in, preserves the size of activations), "fan_out" (n_out, preserves the size of
+        gradients), "fan_avg" or "fan_geo_avg" (the arithmetic or geometric mean of both).
+      distribution: "normal"; "truncated_normal": truncated at two standard deviations, then rescaled to the same
+        variance; "uniform": U(−a, a), a² = 3·scale/n.
 
     Returns:
       Array of the given shape and dtype.
 
     Raises:
-      TypeError: `dtype` is not a real floating dtype, or `scale` no number.
+      TypeError: `dtype` is not a real floating dtype, or `scale` is not a number.
       ValueError: `axes` does not fit, a fan is zero, or `scale` is negative.
 
     >>> import jax
@@ -73,12 +67,12 @@ def variance_scaling(
     AISTATS 2010; He, Zhang, Ren and Sun, Delving Deep into Rectifiers, arXiv:1502.01852, 2015.
     """
     check_scalar("scale", scale, 0)
-    check_choice("mode", mode, tuple(_MEAN))
-    check_choice("distribution", distribution, ("normal", "truncated_normal", "uniform"))
+    check_choice("mode", mode, get_args(Mode))
+    check_choice("distribution", distribution, get_args(Distribution))
     n_in, n_out = fans(shape, axes)
     if n_in == 0 or n_out == 0:
         raise ValueError(f"shape {tuple(shape)} has fans {n_in} and {n_out}: a weight without inputs has no scale")
-    std = (scale / _MEAN[mode](n_in, n_out)) ** 0.5
+    std = (scale / _fan(mode, n_in, n_out)) ** 0.5
     if distribution == "normal":
         return normal(key, shape, dtype, std=std)
     if distribution == "truncated_normal":
@@ -100,11 +94,11 @@ def xavier_normal(
 
     Args:
       key: a `jax.random` key.
-      shape: shape of the weight, of at least one axis.
-      dtype: floating dtype. 16 bits are rounded from a draw in float32.
+      shape: shape of the weight, with at least one axis.
+      dtype: floating dtype. 16-bit values are rounded from a draw in float32.
       axes: how the weight is read as a matrix; (..., in, out) by default. Batch axes do not count as fans.
       gain: factor for the activation that follows: see `jaxweights.initializers.gain`.
-      truncated: cut at two standard deviations, and widen so that the variance stays.
+      truncated: whether to truncate at two standard deviations, then rescale to the same variance.
 
     Returns:
       Array of the given shape and dtype.
@@ -129,7 +123,7 @@ def xavier_normal(
 def xavier_uniform(
     key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None, gain: Number = 1.0
 ) -> jax.Array:
-    """Glorot's uniform initialization: U(−a, a), a = gain·√(6/(n_in + n_out)). Arguments as `xavier_normal`.
+    """Glorot's uniform initialization: U(−a, a), a = gain·√(6/(n_in + n_out)). Arguments as in `xavier_normal`.
 
     >>> import jax
     >>> round(float(abs(xavier_uniform(jax.random.key(0), (300, 300))).max()), 2)       # √(6/600)
@@ -153,17 +147,11 @@ def he_normal(
 ) -> jax.Array:
     """He's normal initialization, for layers before a (leaky) ReLU: N(0, 2/((1 + negative_slope²)·n_in)).
 
-    Arguments as `xavier_normal`, and
-
     Args:
-      key: see there.
-      shape: see there.
-      dtype: see there.
-      axes: see there.
-      mode: "fan_in", so that activations keep their size, or "fan_out", so that gradients do: n_out is then in place
-        of n_in. For others see `variance_scaling`.
-      negative_slope: that of a leaky ReLU.
-      truncated: see there.
+      key: as in `xavier_normal`, and so are the arguments that are not listed here.
+      mode: "fan_in", which preserves the size of activations, or "fan_out", which uses n_out and preserves the size of
+        gradients. For the others see `variance_scaling`.
+      negative_slope: slope of the leaky ReLU.
 
     >>> import jax
     >>> round(float(he_normal(jax.random.key(0), (800, 500)).std()), 2)       # √(2/800)
@@ -185,7 +173,7 @@ def he_uniform(
     mode: Mode = "fan_in",
     negative_slope: Number = 0.0,
 ) -> jax.Array:
-    """He's uniform initialization: U(−a, a), a = √(6/((1 + negative_slope²)·n_in)). Arguments as `he_normal`.
+    """He's uniform initialization: U(−a, a), a = √(6/((1 + negative_slope²)·n_in)). Arguments as in `he_normal`.
 
     >>> import jax
     >>> round(float(abs(he_uniform(jax.random.key(0), (600, 300))).max()), 2)       # √(6/600)
@@ -206,7 +194,7 @@ def lecun_normal(
     axes: Axes | None = None,
     truncated: bool = False,
 ) -> jax.Array:
-    """LeCun's normal initialization: N(0, 1/n_in). Arguments as `xavier_normal`.
+    """LeCun's normal initialization: N(0, 1/n_in). Arguments as in `xavier_normal`.
 
     >>> import jax
     >>> round(float(lecun_normal(jax.random.key(0), (400, 500)).std()), 2)       # √(1/400)
@@ -219,7 +207,7 @@ def lecun_normal(
 
 
 def lecun_uniform(key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, axes: Axes | None = None) -> jax.Array:
-    """LeCun's uniform initialization: U(−a, a), a = √(3/n_in). Arguments as `xavier_normal`.
+    """LeCun's uniform initialization: U(−a, a), a = √(3/n_in). Arguments as in `xavier_normal`.
 
     >>> import jax
     >>> round(float(abs(lecun_uniform(jax.random.key(0), (300, 300))).max()), 2)       # √(3/300)
@@ -228,6 +216,18 @@ def lecun_uniform(key: jax.Array, shape: Sequence[int], dtype=jnp.float32, *, ax
     References: LeCun, Bottou, Orr and Müller, Efficient BackProp, 1998.
     """
     return variance_scaling(key, shape, dtype, axes=axes, distribution="uniform")
+
+
+def _fan(mode: Mode, n_in: int, n_out: int) -> float:
+    match mode:
+        case "fan_in":
+            return n_in
+        case "fan_out":
+            return n_out
+        case "fan_avg":
+            return (n_in + n_out) / 2
+        case "fan_geo_avg":
+            return math.sqrt(n_in * n_out)
 
 
 def _normal(truncated: bool) -> Distribution:

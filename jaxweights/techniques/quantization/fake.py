@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.numerics.norms import safe_divide
 from jaxweights.numerics.straight_through import straight_through
 
-_MAX_BITS = 16  # above, 2^bits - 1 levels times a float32 range are not told apart
+_MAX_BITS = 16  # with more, float32 does not distinguish the levels
 
 
 def fake_quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> jax.Array:
@@ -26,14 +27,14 @@ def fake_quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> jax.A
     Args:
       w: float array of any shape.
       bits: b, from 1 to 16.
-      axes: with axes, one range per output unit; without, one for the whole tensor.
+      axes: if given, each output unit has its own range; by default there is one for the whole tensor.
 
     Returns:
-      Array of the shape and dtype of `w`, computed in float32 or wider. A constant range comes back unchanged.
-      NaN or infinity anywhere in a range makes it NaN.
+      Array of the shape and dtype of `w`, computed in float32 or wider. Equal weights stay unchanged. A NaN or infinite
+      weight makes everything that shares its range NaN.
 
     Raises:
-      TypeError: `w` is not a float array, or `bits` not an integer.
+      TypeError: `w` is not a float array, or `bits` is not an integer.
       ValueError: `bits` is out of range, or `axes` does not fit `w`.
 
     >>> import jax.numpy as jnp
@@ -52,10 +53,10 @@ def fake_quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> jax.A
     x = jax.lax.stop_gradient(w.astype(accumulation_dtype(w.dtype)))
     levels = 2**bits - 1
     low, high = jnp.min(x, over, keepdims=True), jnp.max(x, over, keepdims=True)
-    unit = jnp.where(jnp.maximum(-low, high) > 1, 1 / 16, 1).astype(x.dtype)  # or the range, or 1/range, may overflow
+    unit = jnp.where(jnp.maximum(-low, high) > 1, 1 / 16, 1).astype(x.dtype)  # else the range or 1/range may overflow
     span = high * unit - low * unit
     code = jnp.round(safe_divide(x * unit - low * unit, span) * levels)
-    rounded = jnp.where(code == levels, high, (low * unit + code / levels * span) / unit)  # the top exactly
+    rounded = jnp.where(code == levels, high, (low * unit + code / levels * span) / unit)  # the maximum exactly
     return straight_through(w, jnp.where(high == low, x, rounded).astype(w.dtype))
 
 
@@ -63,7 +64,7 @@ def fake_quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> jax.A
 class FakeQuantize(Transform):
     """Quantization-aware training: weights on a grid of 2^bits values, gradients straight through.
 
-    State: none; the range is that of the weights at hand: of the whole tensor, or of each output unit if `per_unit`.
+    State: none. The range is that of the current weights: of the whole tensor, or of each output unit if `per_unit`.
 
     >>> import jax.numpy as jnp
     >>> print(FakeQuantize(1).apply(jnp.array([0.0, 0.2, 0.6, 1.0]), {}))
@@ -73,14 +74,15 @@ class FakeQuantize(Transform):
     bits: int
     per_unit: bool = False
     axes: Axes | None = None
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         check_integer("bits", self.bits, 1, _MAX_BITS)
         if self.axes is not None and not self.per_unit:
-            raise ValueError(f"axes={self.axes} has no use for one range per tensor: give per_unit=True too")
+            raise ValueError(f"axes={self.axes} applies to ranges per output unit only: give per_unit=True too")
 
     def with_axes(self, axes):
-        """Axes are for the ranges per output unit."""
+        """Sets `axes` only if ranges are per output unit."""
         return super().with_axes(axes) if self.per_unit else self
 
     def apply(self, w, state):

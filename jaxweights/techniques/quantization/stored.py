@@ -18,13 +18,13 @@ from jaxweights.numerics.norms import safe_divide
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype", "axes"])
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
-    """A weight stored as w ≈ codes·scale. A pytree node: it goes through jit, vmap and checkpoints.
+    """A weight stored as w ≈ codes·scale. A pytree node, which works with jit, vmap and checkpoints.
 
     Attributes:
       codes: int8 array of the shape of the weight.
-      scale: float32 array that broadcasts to it, one per output unit (and block).
-      dtype: dtype of the weight it stands for.
-      axes: how it is read as a matrix.
+      scale: float32 array that broadcasts to `codes`, one per output unit.
+      dtype: dtype of the weight.
+      axes: how the weight is read as a matrix.
     """
 
     codes: jax.Array
@@ -43,11 +43,11 @@ class QuantizedArray:
         return nbytes(self)
 
     def todense(self) -> jax.Array:
-        """The weight it stands for: codes·scale."""
+        """The dequantized weight: codes·scale."""
         return (self.codes.astype(self.scale.dtype) * self.scale).astype(self.dtype)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        """x @ w, the scale applied after the product: (x · codes)·scale."""
+        """x @ w as (x · codes)·scale, with the scale applied after the product."""
         r, dtype = contraction(x, self), accumulation_dtype(x.dtype)
         lead = tuple(range(x.ndim - len(r.contracted), x.ndim))
         y = jax.lax.dot_general(
@@ -60,7 +60,7 @@ def quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> QuantizedA
     """Stores a weight as signed integers with one scale per output unit.
 
     codes = round(w/s), s = max|w|/(2^(b−1) − 1) over all that one output unit sums over (absmax, symmetric,
-    rounded half to even), so that |w − codes·s| <= s/2.
+    rounded half to even). The error is |w − codes·s| <= s/2.
 
     Args:
       w: float array of any shape.
@@ -71,7 +71,7 @@ def quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> QuantizedA
       A `QuantizedArray`. A unit of zeros has scale 0. Weights must be finite.
 
     Raises:
-      TypeError: `w` is not a float array, or `bits` not an integer.
+      TypeError: `w` is not a float array, or `bits` is not an integer.
       ValueError: `bits` is out of range, or `axes` does not fit `w`.
 
     >>> import jax.numpy as jnp
@@ -94,7 +94,7 @@ def quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> QuantizedA
 
 
 def dequantize(q: QuantizedArray) -> jax.Array:
-    """The weight that a `QuantizedArray` stands for: codes·scale, in the dtype it was made from.
+    """The weight that a `QuantizedArray` represents: codes·scale, in its original dtype.
 
     >>> import jax.numpy as jnp
     >>> print(dequantize(quantize(jnp.array([2.0, -1.0, 0.0]), 2)))

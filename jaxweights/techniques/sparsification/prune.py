@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes
 from jaxweights.core.checks import check_scalar, check_state, check_weight
-from jaxweights.core.transform import Scalar, State, Transform
+from jaxweights.core.joint import JointTransform, for_each
+from jaxweights.core.transform import Scalar, State
 from jaxweights.numerics.batching import apply_if
 from jaxweights.numerics.straight_through import straight_through
 from jaxweights.techniques.sparsification import scores
@@ -22,29 +24,30 @@ from jaxweights.techniques.sparsification.structure import Structure
 
 
 @dataclasses.dataclass(frozen=True)
-class Prune(Transform):
-    """Sets the given fraction of weights to zero, those of smallest score when the mask is made.
+class Prune(JointTransform):
+    """Sets the given fraction of weights to zero: those whose score is smallest when the mask is made.
 
-    A number prunes once: the mask is made from the initial weights and kept. A schedule prunes gradually: whenever its
-    value changes, the mask is made anew, and what is pruned stays pruned. Where the value falls all weights compete
-    again, as those of AC/DC do: dense and sparse phases are a schedule that goes to and from 0.
+    A number prunes once: the mask is made from the initial weights and kept. A schedule prunes gradually: a new mask is
+    made whenever its value changes, and pruned weights stay pruned. When the value falls, all weights compete again, as
+    in AC/DC, whose dense and sparse phases are a schedule that alternates with 0.
 
-    A score of gradients is computed by `update(w, state, grad)`: a number then prunes at the first. `confine` passes
-    gradients, `project` the updates of the optimizer before it.
+    A score of gradients needs `update(w, state, grad)`; with a number, the first update prunes. In optax, `confine`
+    passes the gradients, and `project` those of `tx.update(updates, state, params, grad=grads)`.
 
-    A lottery ticket is the weights of an early step with the mask of the trained ones: `apply(early, state)`.
+    A lottery ticket is the weights of an early step under the mask of the trained ones: `apply(early, state)`.
 
-    State: `mask`, packed by `pack_mask`, true where a weight is kept; of a random score the `seed`.
+    State: `mask`, packed by `pack_mask`, true where a weight is kept; the `seed` of a random score.
 
     Args:
       sparsity: fraction of zeros in [0, 1], a number or a schedule; or (n, m), to keep n of every m consecutive inputs.
-      score: what is kept, one of `jaxweights.scores` or any function f(w), f(w, grad), f(w, key) of the shape of w.
-      structure: what is pruned as one, as for `keep_largest`.
-      distribution: `Global()` or `ErdosRenyi()`, how the zeros are shared out among the weights that a rule of
-        `on_tree` selects. By default each has the given fraction.
+      score: the largest are kept: one of `jaxweights.scores`, or any function f(w), f(w, grad) or f(w, key) that returns
+        an array of the shape of w.
+      structure: what is pruned as a unit, as in `keep_largest`.
+      distribution: `Global()` or `ErdosRenyi()`: how the zeros are distributed over the weights that a rule of
+        `on_tree` selects. By default every weight has the given fraction.
       axes: how a weight is read as a matrix, (..., in, out) by default. Each layer of a stack has its own count.
-      straight_through: whether the gradient passes to all weights as if none was pruned. They then go on moving, and
-        each update makes the mask from them.
+      straight_through: whether gradients pass to all weights as if none were pruned. Pruned weights then keep moving,
+        and every update makes the mask anew.
 
     >>> import jax, jax.numpy as jnp
     >>> w, t = jnp.array([0.3, -2.0, 0.1, 1.0]), Prune(0.5)
@@ -69,6 +72,8 @@ class Prune(Transform):
     distribution: Distribution | None = None
     axes: Axes | None = None
     straight_through: bool = False
+    scheduled: ClassVar[frozenset[str]] = frozenset({"sparsity"})
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         scores.needs(self.score)
@@ -88,30 +93,23 @@ class Prune(Transform):
 
     @property
     def joint(self):
-        """With a distribution."""
+        """Whether there is a distribution: it compares all weights."""
         return self.distribution is not None
 
-    def init(self, w, key):
-        """The mask for the initial weights; all true if the score needs gradients."""
-        return self.init_all({"": w}, {"": key}, {})[""]
-
-    def update(self, w, state, grad=None):
-        """The mask for the sparsity of this step, where that has changed."""
-        return self.update_all({"": w}, {"": state}, {"": grad}, {})[""]
-
     def init_all(self, ws, keys, axes):
-        """The masks for the initial weights, by path."""
-        states = self.each(ws, axes, lambda t, path: t._start(ws[path], keys[path]))
+        """Makes the masks for the initial weights; all true if the score needs gradients."""
+        states = for_each(self, ws, axes, lambda t, path: t._start(ws[path], keys[path]))
         if not states or "grad" in scores.needs(self.score):
             return states
         masks = self._masks(ws, states, dict.fromkeys(ws), axes, kept=None)
         return {p: {**s, "mask": pack_mask(masks[p])} for p, s in states.items()}
 
     def update_all(self, ws, states, grads, axes):
-        """The masks for the sparsity of this step, by path."""
-        moved = self.each(ws, axes, lambda t, path: t._moved(ws[path], states[path]))
+        """Makes the masks anew where the sparsity of this step differs from that of the step before."""
+        moved = for_each(self, ws, axes, lambda t, path: t._moved(ws[path], states[path]))
         if not self.moves or not ws:
             return moved
+        # The step and the sparsity are the same in all states.
         before, after = (next(iter(s.values())) for s in (states, moved))
         old, new = (s.get("sparsity", 0.0) for s in (before, after))
 
@@ -129,7 +127,7 @@ class Prune(Transform):
         return {p: {**s, "mask": packed[p]} for p, s in moved.items()}
 
     def apply(self, w, state):
-        """`w` where the mask is true, else 0."""
+        """Returns `w` where the mask is true, else 0."""
         w = check_weight(w)
         check_state(state, mask=packed_shape(w.shape))
         new = masked(w, state["mask"])
@@ -137,37 +135,38 @@ class Prune(Transform):
 
     @property
     def moves(self) -> bool:
-        """Whether updates do anything."""
+        """Whether updates change the state."""
         return callable(self.sparsity) or self.straight_through or "grad" in scores.needs(self.score)
 
-    def _schedules(self):
-        return ("sparsity",) if callable(self.sparsity) else ()
-
     def _start(self, w, key) -> State:
-        """The state before the first mask, which keeps all."""
-        state = super().init(check_weight(w), key)
+        """The state before the first mask, with a mask that keeps all."""
+        state = self.init_schedules() | {"mask": pack_mask(jnp.ones_like(check_weight(w), bool))}
         if self.moves:
             state["step"] = jnp.zeros((), jnp.int32)
         if "key" in scores.needs(self.score):
             state["seed"] = jax.random.bits(key, (2,), jnp.uint32)
-        return {**state, "mask": pack_mask(jnp.ones_like(w, bool))}
+        return state
 
     def _moved(self, w, state: State) -> State:
         """The state of the next step, with the same mask."""
         if not self.moves:
             return state
         check_state(state, mask=packed_shape(jnp.shape(w)), step=())
-        return {**super().update(w, state), "step": state["step"] + 1}
+        return {**self.update_schedules(state), "step": state["step"] + 1}
 
     def _masks(self, ws, states, grads, axes, kept: Mapping[str, jax.Array] | None) -> dict[str, jax.Array]:
-        score = lambda t, path: scores.evaluate(t.score, ws[path], states[path], grads[path])
-        scored = self.each(ws, axes, score)
-        axes = {p: self.axes or axes.get(p) for p in ws}
+        """The masks by path, within those that are `kept`."""
+
+        def score(t, path):
+            return scores.evaluate(t.score, ws[path], states[path], grads[path])
+
+        def keep(t, path):
+            within = None if kept is None else kept[path]
+            return keep_largest(scored[path], sparsity, structure=t.structure, axes=t.axes, within=within)
+
+        scored = for_each(self, ws, axes, score)
         sparsity = self.value("sparsity", next(iter(states.values())))
-        if self.distribution is not None:
-            return self.distribution.masks(scored, sparsity, structure=self.structure, axes=axes, within=kept)
-        inside = lambda path: None if kept is None else kept[path]
-        keep = lambda t, path: keep_largest(
-            scored[path], sparsity, structure=t.structure, axes=t.axes, within=inside(path)
-        )
-        return self.each(ws, axes, keep)
+        if self.distribution is None:
+            return for_each(self, ws, axes, keep)
+        readings = for_each(self, ws, axes, lambda t, path: t.axes)
+        return self.distribution.masks(scored, sparsity, structure=self.structure, axes=readings, within=kept)

@@ -1,14 +1,16 @@
-"""Dynamic sparse training: the weakest of the kept weights are given up for others, at the same sparsity."""
+"""Dynamic sparse training (RigL, SET): weak weights are dropped and others grown, at the same sparsity."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxweights.core.checks import check_integer, check_scalar, check_state
-from jaxweights.core.transform import Scalar, Transform
+from jaxweights.core.joint import JointTransform, for_each, in_batches
+from jaxweights.core.transform import Scalar
 from jaxweights.numerics.batching import apply_if
 from jaxweights.techniques.sparsification import scores
 from jaxweights.techniques.sparsification.masks import drop_and_grow
@@ -17,22 +19,23 @@ from jaxweights.techniques.sparsification.prune import Prune
 
 
 @dataclasses.dataclass(frozen=True)
-class Regrow(Transform):
-    """RigL and SET: every so many steps a fraction of the kept weights is dropped and as many others are grown.
+class Regrow(JointTransform):
+    """RigL and SET: at regular intervals, drops a fraction of the kept weights and grows as many others.
 
-    Dropped are those of smallest magnitude. Grown are those of largest gradient (RigL, with `grow=scores.gradient`) or
-    random ones (SET, with `grow=scores.random`). In an optimizer it is put by `confine`, which passes the gradients and
-    keeps moments of grown weights from being those of long ago; they start from 0.
+    It drops the weights of smallest magnitude. It grows those of largest gradient (RigL, `grow=scores.gradient`) or
+    random ones (SET, `grow=scores.random`). Use it with `confine`, which passes the gradients and resets the moments
+    of dropped weights, so that those of regrown weights start from 0.
 
     State: that of `start`, `step`, and the `seed` if a score is random.
 
     Args:
       start: the first mask, with its structure, distribution and axes, such as
         `Prune(0.9, score=scores.random, distribution=ErdosRenyi())`.
-      grow: the score of which the largest are grown: any function f(w), f(w, grad), f(w, key) of the shape of w.
-      drop: the score of which the smallest are dropped.
-      fraction: of the kept weights, in [0, 1], a number or a schedule. RigL's is
-        `optax.cosine_decay_schedule(0.3, n_steps)`, which ends the changes.
+      grow: the score whose largest are grown: any function f(w), f(w, grad) or f(w, key) that returns an array of the
+        shape of w.
+      drop: the score whose smallest are dropped.
+      fraction: how many of the kept weights to replace, in [0, 1], a number or a schedule. RigL decays it by
+        `optax.cosine_decay_schedule(0.3, n_steps)`.
       every: number of steps between changes.
 
     >>> import jax, jax.numpy as jnp
@@ -53,6 +56,7 @@ class Regrow(Transform):
     drop: scores.Score = scores.magnitude
     fraction: Scalar = 0.3
     every: int = 100
+    scheduled: ClassVar[frozenset[str]] = frozenset({"fraction"})
 
     def __post_init__(self):
         if not isinstance(self.start, Prune):
@@ -68,47 +72,44 @@ class Regrow(Transform):
 
     @property
     def joint(self):
-        """If the first masks are."""
+        """Whether the first masks are made jointly."""
         return self.start.joint
 
-    def init(self, w, key):
-        """The first mask."""
-        return self.init_all({"": w}, {"": key}, {})[""]
-
     def init_all(self, ws, keys, axes):
-        """The first masks, by path."""
+        """Makes the first masks."""
         states = self.start.init_all(ws, keys, axes)
-        more = self.each(ws, axes, lambda t, path: t._start(ws[path], keys[path]))
-        return {p: s | more[p] for p, s in states.items()}
+        more = for_each(self, ws, axes, lambda t, path: t._start(keys[path]))
+        return {path: state | more[path] for path, state in states.items()}
+
+    def update_all(self, ws, states, grads, axes):
+        """Updates the mask of each weight by itself: the number of its kept weights stays."""
+        arguments = {path: (w, states[path], grads[path]) for path, w in ws.items()}
+        return in_batches(self, arguments, axes, Regrow.update)
 
     def update(self, w, state, grad=None):
-        """The mask with some weights dropped and grown, if it is time."""
+        """Drops and grows some weights, if it is time."""
         check_state(state, mask=packed_shape(jnp.shape(w)), step=())
         step = state["step"]
-        state = {**super().update(w, state), "step": step + 1}
+        state = {**self.update_schedules(state), "step": step + 1}
 
         def rewire(packed):
             drop, grow = (scores.evaluate(score, w, state, grad) for score in (self.drop, self.grow))
-            mask = unpack_mask(packed, w.shape)
-            fraction = self.value("fraction", state)
-            axes = self.start.axes
-            return pack_mask(drop_and_grow(mask, drop, grow, fraction, structure=self.start.structure, axes=axes))
+            mask, fraction = unpack_mask(packed, w.shape), self.value("fraction", state)
+            new = drop_and_grow(mask, drop, grow, fraction, structure=self.start.structure, axes=self.start.axes)
+            return pack_mask(new)
 
         return {**state, "mask": apply_if((step > 0) & (step % self.every == 0), rewire, state["mask"])}
 
     def apply(self, w, state):
-        """`w` where the mask is true, else 0."""
+        """Returns `w` where the mask is true, else 0."""
         return self.start.apply(w, state)
 
     def with_axes(self, axes):
-        """This spec with `axes` for its start."""
+        """Returns this spec with `axes` for its start."""
         return dataclasses.replace(self, start=self.start.with_axes(axes))
 
-    def _schedules(self):
-        return ("fraction",) if callable(self.fraction) else ()
-
-    def _start(self, w, key):
+    def _start(self, key):
         """What the state has beside that of `start`."""
         seeded = "key" in scores.needs(self.grow) | scores.needs(self.drop)
         seed = {"seed": jax.random.bits(key, (2,), jnp.uint32)} if seeded else {}
-        return {**super().init(w, key), "step": jnp.zeros((), jnp.int32), **seed}
+        return {**self.init_schedules(), "step": jnp.zeros((), jnp.int32), **seed}

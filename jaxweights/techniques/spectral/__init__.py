@@ -1,4 +1,4 @@
-"""Spectral normalization and its relatives: singular values divided, clipped, or all made one."""
+"""Spectral normalization, clipping of singular values, and orthogonalization."""
 
 from jaxweights.techniques.spectral.clipping import ClipSingularValues, clip_singular_values
 from jaxweights.techniques.spectral.convolution import ConvSpectralNorm, conv_spectral_norm

@@ -1,8 +1,9 @@
-"""Spectral clipping: singular values above a limit are cut to it."""
+"""Spectral clipping: projection of a weight onto the spectral-norm ball."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,10 @@ _TOLERANCE = 1e-5
 
 
 def clip_singular_values(w: jax.Array, limit: Number, *, axes: Axes | None = None) -> jax.Array:
-    """Cuts the singular values of a weight that are above a limit to it: the nearest weight of spectral norm <= limit.
+    """Clips the singular values of a weight to at most `limit`: projection onto the spectral-norm ball.
 
-    w' = U min(S, c) Vᵀ, where W = U S Vᵀ is the matrix that `axes` reads from `w`. No SVD is made: W = QP with Q
-    orthogonal and P positive, products of matrices find Q and the sign of P − cI, and
+    w' = U min(S, c) Vᵀ, where W = U S Vᵀ is the matrix that `axes` reads from `w`. There is no SVD: for the polar
+    decomposition W = QP, iterations of matrix products find Q and sign(P − cI), and
 
     w' = W − Q(P − cI)₊,  (P − cI)₊ = ½(P − cI)(I + sign(P − cI)).
 
@@ -32,12 +33,12 @@ def clip_singular_values(w: jax.Array, limit: Number, *, axes: Axes | None = Non
 
     Returns:
       Array of the shape and dtype of `w`, computed in float32 or wider. No singular value is above
-      c·(1 + 1e-5) + 1e-6·σ₁ in float32; in 16 bits the result is rounded, which adds up to the norm of the rounding. A
-      matrix whose singular values are below c·(1 + 1e-5) already is kept bit for bit, and so is one with a NaN or
-      infinite weight. The gradient is that of the formula.
+      c·(1 + 1e-5) + 1e-6·σ₁ in float32; in 16 bits, rounding the result adds at most the norm of the rounding error.
+      A matrix whose singular values are already below c·(1 + 1e-5) is unchanged bit for bit, and so is one with a NaN
+      or infinite weight. The gradient is that of the formula.
 
     Raises:
-      TypeError: `w` is not a float array, or `limit` not a number.
+      TypeError: `w` is not a float array, or `limit` is not a number.
       ValueError: `limit` is negative or NaN, or `axes` does not fit `w`.
 
     >>> import jax.numpy as jnp
@@ -54,26 +55,26 @@ def clip_singular_values(w: jax.Array, limit: Number, *, axes: Axes | None = Non
     Reading.of(axes, w.shape)
 
     def clip(products, w, limit):
-        scale = products.scale(w)
-        # Relative to the scale, which no singular value exceeds.
-        c = jnp.minimum(safe_divide(jnp.broadcast_to(limit, scale.shape), scale), 1).reshape(*products.batch, 1, 1)
-
+        scale = products.norm_bound(w)
+        # The limit relative to the scale, which no singular value exceeds.
+        c = jnp.minimum(safe_divide(jnp.broadcast_to(limit, scale.shape), scale), 1)
+        c = c.reshape(*products.batch_shape, 1, 1)
         unit = jnp.maximum(c, 1 - c)
 
-        def cut(_, x):
+        def clip_once(_, x):
             q = polar(x, products.gram, products.times, low=c)
             p = products.gram(q, x)
             beyond = (p + p.mT) / 2 - c * jnp.eye(p.shape[-1], dtype=p.dtype)
-            # A singular value between c and c + low has a sign between 0 and 1, and is cut to c + low/8 or less.
+            # A singular value between c and c + low gets a sign between 0 and 1, and is clipped to c + low/8 or less.
             sign = polar(beyond / unit, matmul, matmul, low=8 * _TOLERANCE * c / unit)
             excess = (beyond + matmul(beyond, sign)) / 2
-            over = (frobenius(excess) > _TOLERANCE * c).reshape(products.per_matrix)
+            over = (frobenius(excess) > _TOLERANCE * c).reshape(products.per_matrix_shape)
             return jnp.where(over, x - products.times(q, excess), x)
 
         x = safe_divide(w, scale)
-        # The first cut is as exact as σ₁ is rounded. Where c is far below it a second one is as exact as c.
-        new = jax.lax.fori_loop(0, jnp.where(jnp.min(c) >= 0.1, 1, 2), cut, x)
-        moved = jnp.any(jnp.abs(new - x) > 0, products.inner, keepdims=True)
+        # The first pass has the rounding error of σ₁. If c is far below σ₁, a second pass has that of c.
+        new = jax.lax.fori_loop(0, jnp.where(jnp.min(c) >= 0.1, 1, 2), clip_once, x)
+        moved = jnp.any(jnp.abs(new - x) > 0, products.matrix_axes, keepdims=True)
         return jnp.where(limit == 0, 0, jnp.where(moved, scale * new, w))
 
     return odd_function(clip, w, axes, jnp.asarray(limit, accumulation_dtype(w.dtype)))
@@ -81,7 +82,9 @@ def clip_singular_values(w: jax.Array, limit: Number, *, axes: Axes | None = Non
 
 @dataclasses.dataclass(frozen=True)
 class ClipSingularValues(Transform):
-    """Cuts singular values above `limit` to it. State: none, unless `limit` is a schedule.
+    """Clips singular values to at most `limit`: projection onto the spectral-norm ball.
+
+    State: none, unless `limit` is a schedule.
 
     >>> import jax.numpy as jnp
     >>> print(ClipSingularValues(1.0).apply(jnp.diag(jnp.array([3.0, 0.5])), {}).round(5))
@@ -91,6 +94,8 @@ class ClipSingularValues(Transform):
 
     limit: Scalar
     axes: Axes | None = None
+    scheduled: ClassVar[frozenset[str]] = frozenset({"limit"})
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("limit", self.limit, 0, schedule=True)

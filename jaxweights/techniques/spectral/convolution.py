@@ -1,11 +1,13 @@
-"""The spectral norm of a convolution as a linear map of images, which is not that of its kernel read as a matrix."""
+"""The spectral norm of a convolution as a linear map of images, as opposed to that of its kernel read as a matrix."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import string
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,32 +39,32 @@ def conv_spectral_norm(
 ) -> jax.Array:
     """The spectral norm of a convolution as a linear map of images.
 
-    σ = max ‖kernel ∗ x‖₂ over ‖x‖₂ = 1, x an image of the given shape: the least Lipschitz constant of the layer. It
-    depends on the size of the image, on the padding and on the strides, and is up to √(positions in the window) times
-    the σ of the kernel read as a matrix, `spectral_norm(kernel)`.
+    σ = max ‖kernel ∗ x‖₂ over images x of the given shape with ‖x‖₂ = 1: the smallest Lipschitz constant of the layer.
+    It depends on the size of the image, the padding and the strides. It is at most √(positions in the window) times
+    `spectral_norm(kernel)`, the σ of the kernel read as a matrix.
 
-    Exact for circular padding whose image the strides divide: a Fourier transform parts the map into one small matrix
-    a frequency, and σ is the largest of all their singular values (by SVD; memory for (in/groups)·(out/groups)
-    complex numbers a position and group). Otherwise found by a search (block LOBPCG on the convolution and its
-    transpose, at most 100 steps) that ends when σ is known to lie within 1e-4·σ of a singular value; since it comes
-    from below and the error is of second order in that bound, σ is then right to about 1e-6. Long rows
-    of positions have many singular values close to the largest: after 100 steps some 1e-4 of σ may be missing.
+    With circular padding and strides that divide the image, σ is exact. A Fourier transform splits the map into one
+    small matrix per frequency, and σ is their largest singular value (by SVD; memory for (in/groups)·(out/groups)
+    complex numbers per position and group). Otherwise block LOBPCG on the convolution and its transpose takes at most
+    100 steps, until the estimate provably lies within 1e-4·σ of a singular value. It comes from below, and its error is
+    of second order in that bound, so σ is then accurate to about 1e-6. Long rows of positions have many singular values
+    close to the largest: after 100 steps σ may still be too small by about 1e-4·σ.
 
-    With zero padding σ is at most that of the same kernel, strides and dilation with circular padding on
-    n + dilation·(window − 1) or more positions for n, a multiple of the strides: the map is a part of that one, whose
-    σ is exact.
+    For an upper bound with zero padding, take the σ of the same kernel, strides and dilation with circular padding, on
+    n + dilation·(window − 1) or more positions instead of n, a multiple of the strides. That σ is exact, and the
+    zero-padded map is a part of the circular one.
 
     Args:
-      kernel: float array, shape (*window, in / groups, out), as Flax has it (HWIO).
-      input_shape: (*space, in), as Flax has it (HWC) without the batch.
+      kernel: float array, shape (*window, in / groups, out), the layout of Flax (HWIO).
+      input_shape: (*space, in), the layout of Flax (HWC) without the batch.
       strides: one for all axes, or one per axis of the window.
       padding: "SAME", "VALID", "CIRCULAR", or (before, after) per axis of the window.
-      dilation: of the kernel, one for all axes, or one per axis of the window.
+      dilation: dilation of the kernel, one for all axes, or one per axis of the window.
       groups: `feature_group_count`; the number of input channels for a depthwise kernel.
 
     Returns:
-      σ in float32 or wider, shape (). Its gradient is that of the leading singular pair. σ of a zero or empty kernel is
-      0. A transposed convolution has the σ of the convolution that it transposes.
+      σ in float32 or wider, shape (). Its gradient is that of the leading singular pair. A zero or empty kernel has
+      σ = 0. A transposed convolution has the same σ as the convolution that it transposes.
 
     Raises:
       TypeError: `kernel` is not a float array, or a shape, stride or dilation is not made of integers.
@@ -82,25 +84,26 @@ def conv_spectral_norm(
     kernel = kernel.astype(accumulation_dtype(kernel.dtype))
     if 0 in (*kernel.shape, *conv.input_shape):
         return jnp.zeros((), kernel.dtype)
-    whole = all(n % s == 0 for n, s in zip(conv.input_shape, conv.strides, strict=False))
-    return auto_sharded(lambda k: (_by_frequency if conv.circular and whole else _by_search)(k, conv), kernel)
+    strides_divide = all(n % s == 0 for n, s in zip(conv.input_shape, conv.strides, strict=False))
+    sigma = _sigma_by_fourier if conv.circular and strides_divide else _sigma_by_search
+    return auto_sharded(lambda k: sigma(k, conv), kernel)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvSpectralNorm(Transform):
     """Spectral normalization of a convolution as a linear map of images: w' = w·c/σ̂, σ̂ = ‖w ∗ v‖.
 
-    σ̂ is the streaming estimate of `SpectralNorm`, with the convolution and its transpose in place of the products with
-    a matrix: `n_steps` steps an update, and more while σ̂ grows, each of which convolves 4 images and transposes one.
-    With it the layer does not lengthen any difference of its inputs, so a network of such layers has Lipschitz constant
-    1; the σ of the kernel read as a matrix promises only √(positions in the window) for each of its layers.
+    σ̂ is the streaming estimate of `SpectralNorm`, with the convolution and its transpose in place of matrix products.
+    An update takes `n_steps` steps, and more while σ̂ grows. Each convolves 4 images and applies the transpose to one.
+    With c = 1 the layer has Lipschitz constant 1, and so has a network of such layers. Normalization by the σ of the
+    kernel read as a matrix only guarantees √(positions in the window) per layer.
 
-    The target c may be a schedule. If `soft`, a kernel is divided only where σ̂ > c, and kept bit for bit elsewhere. The
-    other fields are the arguments of `conv_spectral_norm`: give those of the layer. Where layers differ, use rules:
+    The target c may be a schedule. If `soft`, a kernel changes only if σ̂ > c; otherwise it is kept bit for bit. The
+    other fields are the arguments of `conv_spectral_norm` for the layer. If layers differ, use rules:
     `on_tree({"conv1/kernel": ConvSpectralNorm((28, 28, 1)), ...})`.
 
-    State: that of the search, float32 or wider: `v`, an image that has the shape of the input or of the output,
-    whichever is smaller, and `basis`, 4 such images.
+    State, float32 or wider: `v`, an image of the shape of the input or the output, whichever is smaller, and `basis`,
+    4 such images.
 
     >>> import jax, jax.numpy as jnp
     >>> import jaxweights as jw
@@ -120,23 +123,24 @@ class ConvSpectralNorm(Transform):
     groups: int = 1
     target: Scalar = 1.0
     soft: bool = False
+    scheduled: ClassVar[frozenset[str]] = frozenset({"target"})
 
     def __post_init__(self):
         object.__setattr__(self, "input_shape", check_shape("input_shape", self.input_shape))
         check_integer("n_steps", self.n_steps, 1)
         check_scalar("target", self.target, 0, schedule=True)
-        for name in ("strides", "padding", "dilation"):  # hashable
-            object.__setattr__(self, name, _frozen(getattr(self, name)))
+        for name in ("strides", "padding", "dilation"):  # to be hashable
+            object.__setattr__(self, name, _to_tuples(getattr(self, name)))
 
     def init(self, w, key):
-        """A search from random images, brought close by a few steps."""
-        return super().init(w, key) | iteration.started(w, key, _operator, self._convolution(w))
+        """Starts the search from random images and takes a few steps."""
+        return super().init(w, key) | iteration.init_search(w, key, _operator, self._convolution(w))
 
     def update(self, w, state, grad=None):
-        """`n_steps` steps of the search, and more while the estimate grows."""
+        """Takes `n_steps` steps of the search, and more while the estimate grows."""
         conv = self._convolution(w)
         search = search_in(state, _operator(w, conv))
-        return super().update(w, state, grad) | iteration.moved(w, search, _operator, conv, self.n_steps)
+        return super().update(w, state, grad) | iteration.update_search(w, search, _operator, conv, self.n_steps)
 
     def apply(self, w, state):
         """w·c/‖w ∗ v‖."""
@@ -150,42 +154,47 @@ class ConvSpectralNorm(Transform):
         return Convolution.of(check_weight(w).shape, self.input_shape, **options)
 
 
-def _frozen(value):
-    """`value` with tuples for its lists."""
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+def _to_tuples(value):
+    """Replaces lists by tuples, recursively."""
+    return tuple(map(_to_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _operator(kernel: jax.Array, conv: Convolution) -> Operator:
-    """The convolution or its transpose, so that x is on the smaller side."""
+    """The convolution or its transpose, whichever has x on the smaller side."""
     kernel = kernel.astype(accumulation_dtype(kernel.dtype))
-    there, back = jax.vmap(lambda x: conv(kernel, x)), jax.vmap(lambda y: conv.transpose(kernel, y))
+    convolve = jax.vmap(functools.partial(conv, kernel))
+    transpose = jax.vmap(functools.partial(conv.transpose, kernel))
     if math.prod(conv.input_shape) <= math.prod(conv.output_shape):
-        return Operator(there, conv.input_shape, 0, kernel.dtype, back)
-    return Operator(back, conv.output_shape, 0, kernel.dtype, there)
+        return Operator(convolve, conv.input_shape, dtype=kernel.dtype, transpose=transpose)
+    return Operator(transpose, conv.output_shape, dtype=kernel.dtype, transpose=convolve)
 
 
-def _by_search(kernel: jax.Array, conv: Convolution) -> jax.Array:
+def _sigma_by_search(kernel: jax.Array, conv: Convolution) -> jax.Array:
     """σ of any convolution, to within the tolerance."""
     operator = _operator(_scaled(kernel), conv)
 
-    def going(state):
+    def is_inexact(state):
         n, search = state
         v = search["v"]
         return (n < _MAX_STEPS) & (iteration.error_bound(operator, v) > _TOLERANCE * iteration.sigma(operator, v))
 
-    move = lambda state: (state[0] + 1, iteration.step(operator, state[1])[0])
-    _, search = jax.lax.while_loop(going, move, (0, iteration.start(operator, jax.random.key(0))))
+    def move(state):
+        n, search = state
+        search, _ = iteration.step(operator, search)
+        return n + 1, search
+
+    _, search = jax.lax.while_loop(is_inexact, move, (0, iteration.start(operator, jax.random.key(0))))
     return iteration.sigma(_operator(kernel, conv), search["v"])
 
 
 def _scaled(kernel: jax.Array) -> jax.Array:
-    """The kernel with largest entry 1, so that its products stay in the range: a constant."""
+    """The kernel scaled to a largest entry of 1, so that products do not overflow; constant for gradients."""
     kernel = jax.lax.stop_gradient(kernel)
     return safe_divide(kernel, jnp.max(jnp.abs(kernel)))
 
 
-def _by_frequency(kernel: jax.Array, conv: Convolution) -> jax.Array:
-    """σ of a circular convolution whose strides divide the image: the largest of all frequencies, by SVD."""
+def _sigma_by_fourier(kernel: jax.Array, conv: Convolution) -> jax.Array:
+    """σ of a circular convolution whose strides divide the image: the largest over all frequencies, by SVD."""
     waves = _waves(conv, kernel.dtype)
     if waves:  # a real kernel has the same singular values at a frequency and at its negative
         waves[-1] = waves[-1][: len(waves[-1]) // 2 + 1]
@@ -193,17 +202,20 @@ def _by_frequency(kernel: jax.Array, conv: Convolution) -> jax.Array:
     sigma = map_matrices(lambda block: jnp.linalg.svd(block, compute_uv=False)[0], _blocks(scaled, waves, conv))
     *frequency, group = jnp.unravel_index(jnp.argmax(sigma), sigma.shape)
     wave = [jnp.asarray(w)[f][None] for w, f in zip(waves, frequency, strict=True)]
-    block = lambda kernel: _blocks(kernel, wave, conv)[(0,) * len(wave)][group]
-    u, v = map_matrices(leading_vectors, block(scaled))
-    return jnp.einsum("i,ij,j->", u.conj(), block(kernel), v.conj(), precision="highest").real
+
+    def leading_block(kernel):
+        return _blocks(kernel, wave, conv)[(0,) * len(wave)][group]
+
+    u, v = map_matrices(leading_vectors, leading_block(scaled))
+    return jnp.einsum("i,ij,j->", u.conj(), leading_block(kernel), v.conj(), precision="highest").real
 
 
 def _waves(conv: Convolution, dtype) -> list[np.ndarray]:
-    """For each axis of the window the array (frequency, residue, k) that transforms it.
+    """The Fourier transform of each axis of the window, as an array (frequency, residue, k).
 
-    An output at m reads the window's k-th weight at s·m + d·k. With d·k = s·a + r, it is a convolution with a stride
-    of one of the images of residue r, of n/s positions each, and the weight stands at a: its wave at frequency f is
-    exp(2πi·f·a/(n/s)).
+    The output at m multiplies the k-th weight by the input at s·m + d·k. With d·k = s·a + r, this is a convolution of
+    stride 1 on the image of residue r, which has n/s positions, with the weight at offset a. Its factor at frequency f
+    is exp(2πi·f·a/(n/s)).
     """
     waves = []
     for n, k, s, d in zip(conv.input_shape[:-1], conv.window, conv.strides, conv.dilation, strict=True):
@@ -214,7 +226,7 @@ def _waves(conv: Convolution, dtype) -> list[np.ndarray]:
 
 
 def _blocks(kernel: jax.Array, waves: Sequence, conv: Convolution) -> jax.Array:
-    """The matrices that a circular convolution consists of: (*frequencies, groups, residues·in, out) within a group."""
+    """The blocks of a circular convolution in Fourier space: (*frequencies, groups, residues·in, out), per group."""
     letters = iter(string.ascii_letters)
     window = [next(letters) for _ in conv.window]
     frequencies = [next(letters) for _ in waves]

@@ -1,4 +1,4 @@
-"""The exact spectral norm of a weight, and the weight divided by it."""
+"""The exact spectral norm of a weight, and spectral normalization by it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jaxweights.numerics.norms import safe_divide
 
 
 def spectral_norm(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
-    """The largest singular value of a weight, exactly (by SVD).
+    """The spectral norm of a weight: its largest singular value, exactly (by SVD).
 
-    σ(W) = max ‖xᵀW‖₂ over ‖x‖₂ = 1, W the matrix that `axes` reads from `w`.
+    σ(W) = max ‖xᵀW‖₂ over ‖x‖₂ = 1, where W is the matrix that `axes` reads from `w`.
 
     Args:
       w: float array of any shape.
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
     Returns:
-      σ in float32 or wider, shape (*batch, [groups]); () for one matrix. The gradient is u·vᵀ, of the leading
-      singular vectors. σ of a zero or empty matrix is 0.
+      σ in float32 or wider, shape (*batch, [groups]); () for one matrix. The gradient is uvᵀ for the leading singular
+      vectors u and v. A zero or empty matrix has σ = 0.
 
     Raises:
       TypeError: `w` is not a float array.
@@ -38,7 +38,7 @@ def spectral_norm(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
     matrix = axes_or_default(axes, w.ndim).matrix(w.astype(accumulation_dtype(w.dtype)))
     if 0 in matrix.shape:
         return jnp.zeros(matrix.shape[:-2], matrix.dtype)
-    # Scaled to 1 first, so that neither tiny nor huge weights leave the range of the SVD.
+    # Scale to 1 first: tiny weights would underflow in the SVD, and huge ones overflow.
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True))
     scaled = safe_divide(jax.lax.stop_gradient(matrix), size)
     u, v = map_matrices(leading_vectors, scaled)
@@ -46,7 +46,7 @@ def spectral_norm(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
 
 
 def leading_vectors(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The singular vectors of the largest singular value."""
+    """The left and right singular vectors of the largest singular value."""
     u, _, vt = jnp.linalg.svd(matrix, full_matrices=False)
     return u[:, 0], vt[0]
 
@@ -59,23 +59,22 @@ def spectral_normalize(
     target: Number = 1.0,
     soft: bool = False,
 ) -> jax.Array:
-    """Divides a weight by its largest singular value.
+    """Divides a weight by its spectral norm.
 
-    w' = w·c/σ(W), c the target; if soft, only where σ > c: w' = w·min(1, c/σ(W)). The gradient flows through σ where it
-    is computed here.
+    w' = w·c/σ(W) with target c, or w' = w·min(1, c/σ(W)) if `soft`. The gradient flows through a σ computed here.
 
     Args:
       w: float array of any shape.
-      sigma: σ if known, shape (*batch, [groups]) or a scalar; `spectral_norm(w, axes=axes)` by default.
+      sigma: σ, if known, shape (*batch, [groups]) or a scalar; `spectral_norm(w, axes=axes)` by default.
       axes: how `w` is read as a matrix; (..., in, out) by default.
       target: c >= 0, the σ of the result: a number or a scalar array.
-      soft: leave a matrix of smaller σ as it is, bit for bit.
+      soft: whether to leave matrices with σ <= c unchanged, bit for bit.
 
     Returns:
-      Array of the shape and dtype of `w`. Where σ is 0, so is `w`.
+      Array of the shape and dtype of `w`. A zero matrix stays zero.
 
     Raises:
-      TypeError: `w` is not a float array, or `target` not a number.
+      TypeError: `w` is not a float array, or `target` is not a number.
       ValueError: `axes` does not fit `w`, `sigma` has another shape, or `target` is negative or NaN.
 
     >>> import jax.numpy as jnp

@@ -1,8 +1,9 @@
-"""Orthogonalization: a weight whose singular values are all one."""
+"""Orthogonalization: projection of a weight onto the Stiefel manifold."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +19,27 @@ from jaxweights.techniques.spectral.polar import odd_function, polar
 def orthogonalize(
     w: jax.Array, *, gain: Number = 1.0, n_steps: int | None = None, axes: Axes | None = None
 ) -> jax.Array:
-    """The orthogonal matrix nearest to a weight: its singular values become 1.
+    """Replaces a weight by its polar factor, the nearest point of the Stiefel manifold: singular values become 1.
 
     w' = gain · U Vᵀ, where W = U S Vᵀ is the matrix that `axes` reads from `w`. The rows or the columns of w',
-    whichever are fewer, are orthonormal. No SVD is made: the iteration X ← X(aI + bXᵀX + c(XᵀX)²) is that of Newton
-    and Schulz, or of Björck, where a, b, c = 15/8, −10/8, 3/8. Here each step has the coefficients that bring all
-    singular values soonest to 1: 13 steps do for float32.
+    whichever are fewer, are orthonormal. The iteration X ← X(aI + bXᵀX + c(XᵀX)²) replaces the SVD. It is the
+    Newton-Schulz (Björck) iteration for a, b, c = 15/8, −10/8, 3/8. Here the coefficients of each step bring all
+    singular values to 1 as fast as possible: 13 steps suffice for float32.
 
     Args:
       w: float array of any shape.
-      gain: what the singular values become, a number or a scalar array.
-      n_steps: steps of the iteration; by default as many as rounding allows. Fewer leave the small singular values
-        below 1: 5 steps, as the optimizer Muon makes, bring to 1 those above a tenth of the largest.
+      gain: the singular values of the result, a number or a scalar array.
+      n_steps: number of iterations; by default as many as rounding allows. Fewer leave small singular values below 1:
+        5 steps, as in the optimizer Muon, bring those above a tenth of the largest to 1.
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
     Returns:
       Array of the shape and dtype of `w`, computed in float32 or wider. A zero matrix stays zero; singular values below
-      1e-6 of the largest (in float32) come to lie between 0 and 1; a NaN or infinite weight makes its matrix NaN. The
-      gradient is that of U Vᵀ, which grows as 1 / (σᵢ + σⱼ) with the two smallest singular values.
+      1e-6 of the largest (in float32) end between 0 and 1; a NaN or infinite weight makes its matrix NaN. The gradient
+      is that of U Vᵀ, which grows as 1 / (σᵢ + σⱼ) with the two smallest singular values.
 
     Raises:
-      TypeError: `w` is not a float array, `gain` not a number or `n_steps` not an integer.
+      TypeError: `w` is not a float array, `gain` is not a number or `n_steps` is not an integer.
       ValueError: `n_steps` is less than 1, or `axes` does not fit `w`.
 
     >>> import jax.numpy as jnp
@@ -57,7 +58,7 @@ def orthogonalize(
     Reading.of(axes, w.shape)
 
     def orthogonal(products, x, gain):
-        x = safe_divide(x, products.scale(x))
+        x = safe_divide(x, products.norm_bound(x))
         return gain * polar(x, products.gram, products.times, n_steps=n_steps)
 
     return odd_function(orthogonal, w, axes, jnp.asarray(gain, accumulation_dtype(w.dtype)))
@@ -65,9 +66,10 @@ def orthogonalize(
 
 @dataclasses.dataclass(frozen=True)
 class Orthogonalize(Transform):
-    """Orthonormal rows or columns, times a gain: w' = gain · U Vᵀ. State: none, unless `gain` is a schedule.
+    """Projects a weight onto the Stiefel manifold, times a gain: w' = gain · U Vᵀ, with orthonormal rows or columns.
 
-    The parametrization of a layer whose operator keeps lengths (gain 1): trained through, the weights beneath are free.
+    As a parametrization, it makes a layer preserve norms (gain 1) while the underlying weights are unconstrained.
+    State: none, unless `gain` is a schedule.
 
     >>> import jax.numpy as jnp
     >>> print(Orthogonalize().apply(jnp.diag(jnp.array([0.1, -5.0])), {}).round(5))
@@ -80,6 +82,8 @@ class Orthogonalize(Transform):
     gain: Scalar = 1.0
     n_steps: int | None = None
     axes: Axes | None = None
+    scheduled: ClassVar[frozenset[str]] = frozenset({"gain"})
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("gain", self.gain, schedule=True)

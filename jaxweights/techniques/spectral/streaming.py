@@ -1,11 +1,11 @@
-"""Spectral normalization by an estimate of the spectral norm that each step of training improves."""
+"""Spectral normalization by a streaming estimate of the spectral norm, which every training step improves."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import string
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,16 @@ from jaxweights.techniques.spectral.iteration import Operator, search_in
 class SpectralNorm(Transform):
     """Spectral normalization: w' = w·c/σ̂, where each update improves the estimate σ̂ = ‖Wv‖ <= σ.
 
-    An update takes `n_steps` steps of a search for the leading singular vector v, each of four products of W with a
-    vector and one of Wᵀ. It takes more, up to 16, while a step still raises σ̂ by over .005%, as it does where a large
-    step of the optimizer has brought a new direction to the fore. The gradient flows through σ̂ with v held fixed, which
-    is the gradient of σ once v is its singular vector. A zero weight stays zero, and the search goes on when the weight
-    becomes non-zero. `spectral_estimate` tells σ̂ and how good it is.
+    An update takes `n_steps` LOBPCG steps towards the leading singular vector v. Each multiplies four vectors by W and
+    one by Wᵀ. An update takes more steps, up to 16, while a step still raises σ̂ by over 0.005%, for example after a
+    large optimizer step has brought up a new direction. The gradient flows through σ̂ with v held fixed; once v has
+    converged, this is the gradient of σ. A zero weight stays zero, and the search continues when it becomes nonzero.
+    `spectral_estimate` returns σ̂ and a bound on its error.
 
-    The target c may be a schedule. If `soft`, a weight is divided only where σ̂ > c, and kept bit for bit elsewhere.
+    The target c may be a schedule. If `soft`, only matrices with σ̂ > c change; the others are kept bit for bit.
 
     State: `v`, shape (*batch, [groups], ...), and `basis`, (*batch, [groups], 4, ...), float32 or wider, where ... are
-    the input axes or the output axes of the weight, whichever have fewer entries. They start from random vectors.
+    the input or the output axes of the weight, whichever have fewer entries. Both start from random vectors.
 
     >>> import jax, jax.numpy as jnp
     >>> w, t = jnp.diag(jnp.array([1.0, 4.0])), SpectralNorm()
@@ -48,21 +48,23 @@ class SpectralNorm(Transform):
     axes: Axes | None = None
     target: Scalar = 1.0
     soft: bool = False
+    scheduled: ClassVar[frozenset[str]] = frozenset({"target"})
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         check_integer("n_steps", self.n_steps, 1)
         check_scalar("target", self.target, 0, schedule=True)
 
     def init(self, w, key):
-        """A search from random vectors, brought close by a few steps."""
+        """Starts the search from random vectors and takes a few steps."""
         w = check_weight(w)
-        return super().init(w, key) | iteration.started(w, key, _operator, self.axes)
+        return super().init(w, key) | iteration.init_search(w, key, _operator, self.axes)
 
     def update(self, w, state, grad=None):
-        """`n_steps` steps of the search, and more while the estimate grows."""
+        """Takes `n_steps` steps of the search, and more while the estimate grows."""
         w = check_weight(w)
         search = search_in(state, _operator(w, self.axes))
-        return super().update(w, state, grad) | iteration.moved(w, search, _operator, self.axes, self.n_steps)
+        return super().update(w, state, grad) | iteration.update_search(w, search, _operator, self.axes, self.n_steps)
 
     def apply(self, w, state):
         """w·c/‖Wv‖."""
@@ -74,29 +76,29 @@ class SpectralNorm(Transform):
 
 
 class SpectralEstimate(NamedTuple):
-    """σ̂ = ‖Wv‖, and how far it is at most from a singular value of W; both of shape (*batch, [groups])."""
+    """σ̂ = ‖Wv‖ and a bound on its distance from a singular value of W, both of shape (*batch, [groups])."""
 
     sigma: jax.Array
     error: jax.Array
 
 
 def spectral_estimate(w: jax.Array, state: State, *, axes: Axes | None = None) -> SpectralEstimate:
-    """The estimate of the spectral norm in a state of `SpectralNorm`, with a bound of its error.
+    """The estimate of the spectral norm in a state of `SpectralNorm`, with an error bound.
 
-    σ̂ = ‖Wv‖ and the residual ‖Wᵀu − σ̂v‖/√2, u = Wv/σ̂: some singular value lies that near to σ̂. It is not always the
-    largest, but that one is never below σ̂. The error of a σ̂ near σ is less by far, about residual²/gap for a gap to the
-    next singular value.
+    The bound is the residual ‖Wᵀu − σ̂v‖/√2 with u = Wv/σ̂: some singular value is at most that far from σ̂ = ‖Wv‖. It
+    need not be the largest, but the largest is never below σ̂. The error of a σ̂ near σ is much smaller, about
+    residual²/gap, where gap is the distance to the next singular value.
 
     Args:
       w: float array of any shape.
-      state: that of `SpectralNorm` for this weight.
-      axes: how `w` is read as a matrix: those of the transform.
+      state: the state of `SpectralNorm` for this weight.
+      axes: how `w` is read as a matrix: the axes of the transform.
 
     Returns:
       `SpectralEstimate(sigma, error)`, float32 or wider, each of shape (*batch, [groups]).
 
     Raises:
-      TypeError: `w` is not a float array, or `state` not a dict.
+      TypeError: `w` is not a float array, or `state` is not a dict.
       ValueError: `axes` does not fit `w`, or `state` belongs to another weight.
 
     >>> import jax, jax.numpy as jnp
@@ -121,12 +123,15 @@ def spectral_estimate(w: jax.Array, state: State, *, axes: Axes | None = None) -
 
 
 def _operator(w: jax.Array, axes: Axes | None) -> Operator:
-    """The matrix that `axes` reads from `w`, or its transpose, so that x is on the smaller side.
+    """The matrix that `axes` reads from `w`, or its transpose, whichever has x on the smaller side.
 
-    There is no reshape, so that shardings stay as they are.
+    The weight is not reshaped, so its sharding stays unchanged.
     """
     view, r = Reading.of(axes, w.shape).split_groups(w.astype(accumulation_dtype(w.dtype)))
-    size = lambda which: math.prod(view.shape[a] for a in which)
+
+    def size(which):
+        return math.prod(view.shape[a] for a in which)
+
     large, small = sorted((r.contracted, r.output), key=size, reverse=True)
     names = string.ascii_letters[: view.ndim]
     batch, x, y = ("".join(names[a] for a in which) for which in (r.batch, small, large))
@@ -134,7 +139,7 @@ def _operator(w: jax.Array, axes: Axes | None) -> Operator:
 
     def times(xs):
         axis = len(batch)
-        # One by one: the CPU's product with a few vectors at once is slower.
+        # One vector at a time: on CPUs a product with a few vectors at once is slower.
         each = (jax.lax.index_in_dim(xs, i, axis, keepdims=False) for i in range(xs.shape[axis]))
         return jnp.stack([jnp.einsum(spec, view, x, precision="highest") for x in each], axis)
 

@@ -1,4 +1,4 @@
-"""Weight clipping and the other projections: of values, norms and sums, to simplex and L1 ball."""
+"""Weight clipping and other projections: onto boxes, norm balls, half-spaces, the simplex and the L1 ball."""
 
 from jaxweights.techniques.weight_clipping.norm import BoundNorm, ClipNorm, bound_norm, clip_norm
 from jaxweights.techniques.weight_clipping.simplex import (

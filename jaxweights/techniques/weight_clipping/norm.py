@@ -1,8 +1,9 @@
-"""Projections of the norm of each output unit's weight vector."""
+"""Norm constraints on each output unit's weight vector: projection onto a ball, a sphere or the shell between two."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +15,21 @@ from jaxweights.numerics.norms import safe_divide, safe_norm
 
 
 def clip_norm(w: jax.Array, max_norm: Number, *, axes: Axes | None = None) -> jax.Array:
-    """Shortens the weight vector of each output unit to at most `max_norm` (max-norm regularization).
+    """Projects the weight vector of each output unit onto the L2 ball of radius `max_norm` (max-norm regularization).
 
     w' = w · min(1, max_norm / ‖w‖₂), the norm over all that one output unit sums over.
 
     Args:
       w: float array of any shape.
-      max_norm: the greatest length >= 0, a number or a scalar array.
+      max_norm: the largest norm, >= 0, a number or a scalar array.
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
     Returns:
-      Array of the shape and dtype of `w`. Units that are short enough are kept bit for bit, and so are
-      those with a NaN or infinite weight.
+      Array of the shape and dtype of `w`. Units inside the ball are unchanged bit for bit, and so are units with a NaN
+      or infinite weight.
 
     Raises:
-      TypeError: `w` is not a float array, or `max_norm` not a number.
+      TypeError: `w` is not a float array, or `max_norm` is not a number.
       ValueError: `max_norm` is negative or NaN, or `axes` does not fit `w`.
 
     >>> import jax.numpy as jnp
@@ -43,29 +44,29 @@ def clip_norm(w: jax.Array, max_norm: Number, *, axes: Axes | None = None) -> ja
     check_scalar("max_norm", max_norm, 0)
     norm = safe_norm(w, Reading.of(axes, w.shape).contracted, keepdims=True)
     limit = jnp.asarray(max_norm, norm.dtype)
-    return _rescaled(w, norm, jnp.where(norm > limit, limit, norm))
+    return _rescale(w, norm, jnp.where(norm > limit, limit, norm))
 
 
 def bound_norm(w: jax.Array, low: Number, high: Number, *, rate: Number = 1.0, axes: Axes | None = None) -> jax.Array:
-    """Brings the length of each output unit's weight vector into [low, high]; `bound_norm(w, 1.0, 1.0)` makes it 1.
+    """Rescales the weight vector of each output unit to a norm in [low, high]; `bound_norm(w, 1.0, 1.0)` makes it 1.
 
     w' = w · (rate · clip(‖w‖₂, low, high) + (1 − rate) · ‖w‖₂) / ‖w‖₂, the norm over all that one output unit sums
     over.
 
     Args:
       w: float array of any shape.
-      low: the least length >= 0, a number or a scalar array.
-      high: the greatest length >= `low`, likewise. Where an array `high` is less than `low`, `high` holds.
-      rate: how much of the way to go, in [0, 1].
+      low: the smallest norm, >= 0, a number or a scalar array.
+      high: the largest norm, >= `low`, likewise. If an array `high` is less than `low`, `high` applies.
+      rate: fraction of the way to go, in [0, 1].
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
     Returns:
-      Array of the shape and dtype of `w`. Units of a length in range are kept bit for bit, and so are those
-      with a NaN or infinite weight, and those that are all zero, which have no direction to grow in.
+      Array of the shape and dtype of `w`. Units whose norm is in range are unchanged bit for bit. So are units with a
+      NaN or infinite weight, and all-zero units, which have no direction to grow in.
 
     Raises:
-      TypeError: `w` is not a float array, or `low`, `high` or `rate` not a number.
-      ValueError: `low` or `high` is negative or NaN, `low` greater than `high`, `rate` outside [0, 1], or `axes`
+      TypeError: `w` is not a float array, or `low`, `high` or `rate` is not a number.
+      ValueError: `low` or `high` is negative or NaN, `low` is greater than `high`, `rate` outside [0, 1], or `axes`
         does not fit `w`.
 
     >>> import jax.numpy as jnp
@@ -73,8 +74,8 @@ def bound_norm(w: jax.Array, low: Number, high: Number, *, rate: Number = 1.0, a
     [[0.6 0.5]
      [0.8 0. ]]
 
-    References: Salimans and Kingma, Weight Normalization, arXiv:1602.07868, 2016, for the sphere; the range and
-    the rate are those of the constraint MinMaxNorm of Keras.
+    References: Salimans and Kingma, Weight Normalization, arXiv:1602.07868, 2016, for the sphere; Keras's constraint
+    MinMaxNorm, for the range and the rate.
     """
     w = check_weight(w)
     check_scalar("low", low, 0)
@@ -84,20 +85,22 @@ def bound_norm(w: jax.Array, low: Number, high: Number, *, rate: Number = 1.0, a
     norm = safe_norm(w, Reading.of(axes, w.shape).contracted, keepdims=True)
     low, high, rate = (jnp.asarray(number, norm.dtype) for number in (low, high, rate))
     nearest = jnp.where(norm > high, high, jnp.where(norm < low, low, norm))
-    return _rescaled(w, norm, jnp.where(nearest == norm, norm, rate * nearest + (1 - rate) * norm))
+    return _rescale(w, norm, jnp.where(nearest == norm, norm, rate * nearest + (1 - rate) * norm))
 
 
-def _rescaled(w: jax.Array, norm: jax.Array, length: jax.Array) -> jax.Array:
-    """`w` with the given lengths in place of its norms, and bit for bit where that is no change or not defined."""
+def _rescale(w: jax.Array, norm: jax.Array, length: jax.Array) -> jax.Array:
+    """Rescales `w` from `norm` to `length`; unchanged bit for bit where they are equal or the norm is 0 or NaN."""
     x = w.astype(norm.dtype)
     kept = (length == norm) | (norm == 0) | jnp.isnan(norm)
-    # The direction first: it is at most 1, where length / norm may leave the range of float32.
+    # Normalize first: x / norm is at most 1, whereas length / norm may overflow.
     return jnp.where(kept, x, safe_divide(x, norm) * length).astype(w.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipNorm(Transform):
-    """Shortens the weights of each output unit to `max_norm`. State: none, unless `max_norm` is a schedule.
+    """Projects each output unit's weights onto the L2 ball of radius `max_norm`.
+
+    State: none, unless `max_norm` is a schedule.
 
     >>> import jax.numpy as jnp
     >>> print(ClipNorm(1.0).apply(jnp.array([3.0, 4.0]), {}))
@@ -106,6 +109,8 @@ class ClipNorm(Transform):
 
     max_norm: Scalar
     axes: Axes | None = None
+    scheduled: ClassVar[frozenset[str]] = frozenset({"max_norm"})
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("max_norm", self.max_norm, 0, schedule=True)
@@ -117,7 +122,7 @@ class ClipNorm(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class BoundNorm(Transform):
-    """Brings the norm of each output unit's weights into [low, high]; `BoundNorm(1.0, 1.0)` makes it 1.
+    """Rescales each output unit's weights to a norm in [low, high]; `BoundNorm(1.0, 1.0)` makes it 1.
 
     State: none, unless `low`, `high` or `rate` is a schedule.
 
@@ -130,6 +135,8 @@ class BoundNorm(Transform):
     high: Scalar
     rate: Scalar = 1.0
     axes: Axes | None = None
+    scheduled: ClassVar[frozenset[str]] = frozenset({"low", "high", "rate"})
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("low", self.low, 0, schedule=True)

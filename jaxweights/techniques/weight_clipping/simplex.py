@@ -1,8 +1,9 @@
-"""Projections to the simplex, and to the L1 ball and sphere, without a sort."""
+"""Projections onto the probability simplex, the L1 ball and the L1 sphere, without a sort."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +15,23 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 
 
 def project_simplex(w: jax.Array, total: Number = 1.0, *, axes: Axes | None = None) -> jax.Array:
-    """The nearest non-negative weights that sum to `total`, for each output unit.
+    """Projects each output unit's weights onto the probability simplex: non-negative, with sum `total`.
 
-    w' = max(w − τ, 0), with τ such that Σw' = total, the sum over all that one output unit sums over.
+    w' = max(w − τ, 0), where τ makes Σw' = total, the sum over all that one output unit sums over.
 
     Args:
       w: float array of any shape.
-      total: the sum >= 0, a number or a scalar array.
+      total: the sum, >= 0, a number or a scalar array.
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
     Returns:
-      Array of the shape and dtype of `w`: never negative, and its sums are `total` up to the rounding of its entries.
-      τ is found by Newton's method, in a few sums over `w`, so that a sharded `w` stays where it is. A NaN weight
-      makes its unit NaN, and +infinity becomes NaN. The gradient of the entries that do not become 0 is what comes
-      to them less its mean, of the others 0.
+      Array of the shape and dtype of `w`, never negative, whose sums are `total` up to the rounding of its entries.
+      Newton's method finds τ in a few sums over `w`, so a sharded `w` need not be gathered. A NaN weight makes its unit
+      NaN, and +infinity becomes NaN. The gradient is that of the output less its mean at the positive entries, and 0 at
+      the others.
 
     Raises:
-      TypeError: `w` is not a float array, or `total` not a number.
+      TypeError: `w` is not a float array, or `total` is not a number.
       ValueError: `total` is negative or NaN, or `axes` does not fit `w`.
 
     >>> import jax.numpy as jnp
@@ -46,21 +47,21 @@ def project_simplex(w: jax.Array, total: Number = 1.0, *, axes: Axes | None = No
 
 
 def project_l1_ball(w: jax.Array, radius: Number, *, axes: Axes | None = None) -> jax.Array:
-    """The nearest weights with Σ|w'| <= radius, for each output unit: small ones become zero.
+    """Projects each output unit's weights onto the L1 ball Σ|w'| <= radius, which sets small ones to zero.
 
-    w' = sign(w) · max(|w| − τ, 0), with τ = 0 where Σ|w| <= radius and such that Σ|w'| = radius elsewhere.
+    w' = sign(w) · max(|w| − τ, 0), where τ = 0 if Σ|w| <= radius, and otherwise makes Σ|w'| = radius.
 
     Args:
       w: float array of any shape.
-      radius: the greatest L1 norm >= 0, a number or a scalar array.
+      radius: the largest L1 norm, >= 0, a number or a scalar array.
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
     Returns:
-      Array of the shape and dtype of `w`, its L1 norms at most `radius` up to the rounding of its entries. Units
-      within the ball are kept bit for bit. A NaN weight makes its unit NaN, and ±infinity becomes NaN.
+      Array of the shape and dtype of `w`, whose L1 norms are at most `radius` up to the rounding of its entries. Units
+      inside the ball are unchanged bit for bit. A NaN weight makes its unit NaN, and ±infinity becomes NaN.
 
     Raises:
-      TypeError: `w` is not a float array, or `radius` not a number.
+      TypeError: `w` is not a float array, or `radius` is not a number.
       ValueError: `radius` is negative or NaN, or `axes` does not fit `w`.
 
     >>> import jax.numpy as jnp
@@ -79,10 +80,10 @@ def project_l1_ball(w: jax.Array, radius: Number, *, axes: Axes | None = None) -
 
 
 def project_l1_sphere(w: jax.Array, radius: Number, *, axes: Axes | None = None) -> jax.Array:
-    """The nearest weights with Σ|w'| = radius, for each output unit: those within the ball grow.
+    """Projects each output unit's weights onto the L1 sphere Σ|w'| = radius: units inside the ball grow.
 
-    w' = sign(w) · max(|w| − τ, 0), with τ, negative where Σ|w| < radius, such that Σ|w'| = radius. A zero counts as
-    positive. Arguments and errors as `project_l1_ball`.
+    w' = sign(w) · max(|w| − τ, 0), where τ makes Σ|w'| = radius; τ is negative if Σ|w| < radius. A zero counts as
+    positive. Arguments and errors as in `project_l1_ball`.
 
     >>> import jax.numpy as jnp
     >>> print(project_l1_sphere(jnp.array([[0.75, 0.5], [-0.5, 0.25]]), 1.0))
@@ -99,36 +100,45 @@ def project_l1_sphere(w: jax.Array, radius: Number, *, axes: Axes | None = None)
 
 
 def _simplex(w: jax.Array, total: Number, over: tuple[int, ...]) -> jax.Array:
-    """The projection over the axes `over`, in float32 or wider."""
+    """Projects `w` onto the simplex over the axes `over`, in float32 or wider."""
     x = w.astype(accumulation_dtype(w.dtype))
     if x.size == 0:
         return x
     total = jnp.asarray(total, x.dtype)
-    sum_ = lambda y: jnp.sum(y, over, keepdims=True)
-    # The projection is the same for x - max(x), which is at most 0 and exact near it, however large x is.
+
+    def sum_units(y):
+        return jnp.sum(y, over, keepdims=True)
+
+    # x − max(x) has the same projection. It is at most 0, and precise near 0 however large x is.
     top = jax.lax.stop_gradient(jnp.max(x, over, keepdims=True))
     x = x - top
     fixed, limit = jax.lax.stop_gradient(x), jax.lax.stop_gradient(total)
 
     def newton(state):
-        """A step of Newton's method for Σmax(x − τ, 0) = total, which from below never passes the root."""
+        """A Newton step for Σmax(x − τ, 0) = total, which never overshoots the root from below."""
         tau, count, _ = state
         above = fixed > tau
-        n = sum_(above.astype(x.dtype))
-        new = (sum_(jnp.where(above, fixed, 0)) - limit) / jnp.maximum(n, 1)
+        n = sum_units(above.astype(x.dtype))
+        new = (sum_units(jnp.where(above, fixed, 0)) - limit) / jnp.maximum(n, 1)
         return jnp.maximum(tau, new), n, jnp.any(n != count)
 
+    def has_changed(state):
+        _, _, changed = state
+        return changed
+
     start = jnp.zeros_like(top) - limit
-    tau, _, _ = jax.lax.while_loop(lambda state: state[2], newton, (start, jnp.zeros_like(start), jnp.array(True)))
-    # The last step once more, for its derivatives.
+    tau, _, _ = jax.lax.while_loop(has_changed, newton, (start, jnp.zeros_like(start), jnp.array(True)))
+    # Repeat the last step with gradients.
     above = fixed > tau
-    tau = (sum_(jnp.where(above, x, 0)) - total) / jnp.maximum(sum_(above.astype(x.dtype)), 1)
+    tau = (sum_units(jnp.where(above, x, 0)) - total) / jnp.maximum(sum_units(above.astype(x.dtype)), 1)
     return jnp.where(x <= tau, 0, x - tau)
 
 
 @dataclasses.dataclass(frozen=True)
 class Simplex(Transform):
-    """The nearest non-negative weights that sum to `total` in each output unit. State: none, but for a schedule.
+    """Projects each output unit's weights onto the probability simplex: non-negative, with sum `total`.
+
+    State: none, unless `total` is a schedule.
 
     >>> import jax.numpy as jnp
     >>> print(Simplex().apply(jnp.array([0.75, 0.5, -1.0]), {}))
@@ -137,6 +147,8 @@ class Simplex(Transform):
 
     total: Scalar = 1.0
     axes: Axes | None = None
+    scheduled: ClassVar[frozenset[str]] = frozenset({"total"})
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("total", self.total, 0, schedule=True)
@@ -148,7 +160,9 @@ class Simplex(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class L1Ball(Transform):
-    """The nearest weights with Σ|w| <= `radius` in each output unit. State: none, but for a schedule.
+    """Projects each output unit's weights onto the L1 ball Σ|w| <= radius.
+
+    State: none, unless `radius` is a schedule.
 
     >>> import jax.numpy as jnp
     >>> print(L1Ball(1.0).apply(jnp.array([0.75, -0.5]), {}))
@@ -157,6 +171,8 @@ class L1Ball(Transform):
 
     radius: Scalar
     axes: Axes | None = None
+    scheduled: ClassVar[frozenset[str]] = frozenset({"radius"})
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("radius", self.radius, 0, schedule=True)
@@ -168,7 +184,9 @@ class L1Ball(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class L1Sphere(Transform):
-    """The nearest weights with Σ|w| = `radius` in each output unit. State: none, but for a schedule.
+    """Projects each output unit's weights onto the L1 sphere Σ|w| = radius.
+
+    State: none, unless `radius` is a schedule.
 
     >>> import jax.numpy as jnp
     >>> print(L1Sphere(1.0).apply(jnp.array([0.25, -0.5]), {}))
@@ -177,6 +195,8 @@ class L1Sphere(Transform):
 
     radius: Scalar
     axes: Axes | None = None
+    scheduled: ClassVar[frozenset[str]] = frozenset({"radius"})
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("radius", self.radius, 0, schedule=True)

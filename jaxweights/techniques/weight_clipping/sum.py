@@ -1,9 +1,10 @@
-"""Projection to a slab: a weighted sum of each output unit's weights in a range."""
+"""Projection onto a half-space, a slab or a hyperplane: bounds on a weighted sum of each output unit's weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +24,26 @@ def bound_sum(
     normal: jax.Array | None = None,
     axes: Axes | None = None,
 ) -> jax.Array:
-    """The nearest weights with aᵀw in [low, high], for each output unit: a half-space, a slab, a hyperplane.
+    """Projects each output unit's weights onto a half-space, or the slab between two hyperplanes: low <= aᵀw' <= high.
 
-    w' = w + a·(clip(aᵀw, low, high) − aᵀw)/aᵀa, the products over all that one output unit sums over.
-    With `low` = `high` the sum is fixed; `center` is the one for 0.
+    w' = w + a·(clip(aᵀw, low, high) − aᵀw)/aᵀa, the products over all that one output unit sums over. If `low` equals
+    `high`, this is the projection onto a hyperplane; `center` is the one for sum 0.
 
     Args:
       w: float array of any shape.
-      low: the least sum, a number or a scalar array.
-      high: the greatest sum, likewise. Where an array `high` is less than `low`, the sum becomes `high`.
-      normal: a, float array that broadcasts to `w`; 1 by default, which makes aᵀw the sum.
+      low: the smallest sum, a number or a scalar array.
+      high: the largest sum, likewise. If an array `high` is less than `low`, the sum becomes `high`.
+      normal: a, a float array that broadcasts to `w`; 1 by default, which makes aᵀw the sum.
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
     Returns:
-      Array of the shape and dtype of `w`, its sums in range up to the rounding of its entries, which stay in the
-      range of the dtype. Units whose sum is in range are kept bit for bit, and so are those whose a is 0; a NaN or
-      infinite weight makes its unit NaN, unless an infinite sum is in range.
+      Array of the shape and dtype of `w`, whose sums are in range up to the rounding of its entries, and whose entries
+      are clipped to the range of the dtype. Units whose sum is in range are unchanged bit for bit, and so are units
+      whose a is 0. A NaN or infinite weight makes its unit NaN, unless an infinite sum is in range.
 
     Raises:
-      TypeError: `w` or `normal` is not a float array, or `low` or `high` not a number.
-      ValueError: `low` or `high` is NaN, `low` greater than `high`, or `normal` or `axes` does not fit `w`.
+      TypeError: `w` or `normal` is not a float array, or `low` or `high` is not a number.
+      ValueError: `low` or `high` is NaN, `low` is greater than `high`, or `normal` or `axes` does not fit `w`.
 
     >>> import jax.numpy as jnp
     >>> print(bound_sum(jnp.array([[3.0, 0.25], [2.0, 0.5]]), high=1.0))
@@ -67,7 +68,7 @@ def bound_sum(
     total = jnp.sum(a * x, over, keepdims=True)
     nearest = jnp.where(total > high, high, jnp.where(total < low, low, total))
     size = jnp.sum(jnp.square(a), over, keepdims=True)
-    # Where nothing is to do, inf − inf is not taken.
+    # The inner `where` avoids inf − inf in units that stay unchanged.
     kept = (nearest == total) | (size == 0)
     gap = jnp.where(kept, 0, nearest - total)
     most = float(jnp.finfo(w.dtype).max)
@@ -76,7 +77,7 @@ def bound_sum(
 
 @dataclasses.dataclass(frozen=True)
 class BoundSum(Transform):
-    """Brings the sum of each output unit's weights into [low, high]; `BoundSum(1.0, 1.0)` makes it 1.
+    """Projects each output unit's weights onto the slab low <= Σw <= high; `BoundSum(1.0, 1.0)` makes the sum 1.
 
     State: none, unless `low` or `high` is a schedule.
 
@@ -88,6 +89,8 @@ class BoundSum(Transform):
     low: Scalar = -math.inf
     high: Scalar = math.inf
     axes: Axes | None = None
+    scheduled: ClassVar[frozenset[str]] = frozenset({"low", "high"})
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("low", self.low, schedule=True)

@@ -1,9 +1,10 @@
-"""Weight clipping by value: to [−limit, limit], or to any range."""
+"""Weight clipping by value: projection onto the box [−limit, limit] or [low, high]."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,11 @@ def clip_weights(w: jax.Array, limit: Number) -> jax.Array:
       limit: c >= 0, a number or a scalar array.
 
     Returns:
-      Array of the shape and dtype of `w`. The gradient is 1 where `w` is kept and 0 where it is cut; infinite
-      weights become ±c and NaN stays NaN.
+      Array of the shape and dtype of `w`. The gradient is 1 where `w` is kept and 0 where it is clipped. Infinite
+      weights become ±c; NaN stays NaN.
 
     Raises:
-      TypeError: `w` is not a float array, or `limit` not a number.
+      TypeError: `w` is not a float array, or `limit` is not a number.
       ValueError: `limit` is negative or NaN.
 
     >>> import jax.numpy as jnp
@@ -49,15 +50,15 @@ def clip_range(w: jax.Array, low: Number = -math.inf, high: Number = math.inf) -
 
     Args:
       w: float array of any shape.
-      low: the least value, a number or a scalar array.
-      high: the greatest value, likewise. Where an array `high` is less than `low`, the result is `high`.
+      low: the lower limit, a number or a scalar array.
+      high: the upper limit, likewise. If an array `high` is less than `low`, the result is `high`.
 
     Returns:
-      Array of the shape and dtype of `w`. The gradient is 1 where `w` is kept and 0 where it is cut; NaN stays NaN.
+      Array of the shape and dtype of `w`. The gradient is 1 where `w` is kept and 0 where it is clipped. NaN stays NaN.
 
     Raises:
-      TypeError: `w` is not a float array, or `low` or `high` not a number.
-      ValueError: `low` or `high` is NaN, or `low` greater than `high`.
+      TypeError: `w` is not a float array, or `low` or `high` is not a number.
+      ValueError: `low` or `high` is NaN, or `low` is greater than `high`.
 
     >>> import jax.numpy as jnp
     >>> print(clip_range(jnp.array([-3.0, 0.5, 2.0]), 0.0, 1.0))
@@ -88,6 +89,7 @@ class ClipWeights(Transform):
     """
 
     limit: Scalar
+    scheduled: ClassVar[frozenset[str]] = frozenset({"limit"})
 
     def __post_init__(self):
         check_scalar("limit", self.limit, 0, schedule=True)
@@ -99,7 +101,9 @@ class ClipWeights(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class ClipRange(Transform):
-    """Clips every weight to [low, high]: `ClipRange(0.0)` keeps it non-negative. State: none, but for schedules.
+    """Clips every weight to [low, high]: `ClipRange(0.0)` keeps it non-negative.
+
+    State: none, unless `low` or `high` is a schedule.
 
     >>> import jax.numpy as jnp
     >>> print(ClipRange(0.0).apply(jnp.array([-3.0, 0.5]), {}))
@@ -108,6 +112,7 @@ class ClipRange(Transform):
 
     low: Scalar = -math.inf
     high: Scalar = math.inf
+    scheduled: ClassVar[frozenset[str]] = frozenset({"low", "high"})
 
     def __post_init__(self):
         check_scalar("low", self.low, schedule=True)
@@ -119,6 +124,6 @@ class ClipRange(Transform):
         return clip_range(w, self.value("low", state), self.value("high", state))
 
     def anchor(self, w, state):
-        """The middle of the range; of a half-line, its infinite end."""
+        """The midpoint of the range, or the infinite end of a half-line."""
         low, high = (jnp.asarray(self.value(name, state), accumulation_dtype(w.dtype)) for name in ("low", "high"))
         return jnp.where(jnp.isinf(low) & jnp.isinf(high), 0, low / 2 + high / 2)

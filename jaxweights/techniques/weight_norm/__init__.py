@@ -1,4 +1,4 @@
-"""Weight normalization, and its relatives that centre each output unit's weight vector or make it standard."""
+"""Weight normalization, centring and weight standardization: reparameterizations per output unit."""
 
 from jaxweights.techniques.weight_norm.centering import Center, center
 from jaxweights.techniques.weight_norm.normalization import WeightNorm, weight_normalize

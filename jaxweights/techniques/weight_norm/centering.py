@@ -1,10 +1,11 @@
-"""Weights with mean zero: the first half of centred weight normalization and of weight standardization."""
+"""Zero-mean weights: the first step of centred weight normalization and of weight standardization."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 
 
 def center(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
-    """Takes its mean from the weight vector of each output unit.
+    """Subtracts the mean from the weight vector of each output unit: projection onto the hyperplane of sum 0.
 
     w' = w − mean(w), the mean over all that one output unit sums over.
 
@@ -25,8 +26,8 @@ def center(w: jax.Array, *, axes: Axes | None = None) -> jax.Array:
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
     Returns:
-      Array of the shape and dtype of `w`, computed in float32 or wider. Equal weights become 0 exactly. A float16
-      result that would overflow is the largest number there is; a NaN or infinite weight makes its unit NaN.
+      Array of the shape and dtype of `w`, computed in float32 or wider. Equal weights become exactly 0. A float16
+      result that would overflow becomes ±65504; a NaN or infinite weight makes its unit NaN.
 
     Raises:
       TypeError: `w` is not a float array.
@@ -50,14 +51,14 @@ def centered(w: jax.Array, axis: Sequence[int]) -> jax.Array:
     x = w.astype(accumulation_dtype(w.dtype))
     if math.prod(x.shape[a] for a in axis) == 0:
         return x
-    # Seen from one of them: the mean of equal weights is then exact, and that of weights about a distant one precise.
+    # Subtract one of the weights first: equal weights then have an exact mean, and weights far from 0 a precise one.
     x = x - jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True))
     return x - jnp.mean(x, axis, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Center(Transform):
-    """Weights with mean zero, per output unit. State: none.
+    """Subtracts the mean of each output unit's weights. State: none.
 
     `Chain(Center(), WeightNorm())` is centred weight normalization, w' = g · (w − w̄) / ‖w − w̄‖ with a learned g that
     starts at ‖w − w̄‖.
@@ -70,6 +71,7 @@ class Center(Transform):
     """
 
     axes: Axes | None = None
+    takes_axes: ClassVar[bool] = True
 
     def apply(self, w, state):
         """`center(w)`."""

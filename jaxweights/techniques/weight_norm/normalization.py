@@ -78,6 +78,7 @@ class WeightNorm(Transform):
 
     axes: Axes | None = None
     learned: ClassVar[frozenset[str]] = frozenset({"scale"})
+    takes_axes: ClassVar[bool] = True
 
     def init(self, w, key):
         """The norms of `w`."""

@@ -1,4 +1,4 @@
-"""Weight standardization: mean zero and variance one within each output unit's weight vector."""
+"""Weight standardization: zero mean and unit variance within each output unit's weight vector."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def weight_standardize(
     eps: Number = 1e-10,
     axes: Axes | None = None,
 ) -> jax.Array:
-    """Gives the weights of each output unit mean 0 and variance 1.
+    """Standardises the weights of each output unit to mean 0 and variance 1.
 
-    w' = gain · (w − μ) / √(σ² + ε), and that / √n with `scaled`; μ and σ² are the mean and the biased variance of the n
+    w' = gain · (w − μ) / √(σ² + ε), divided by √n if `scaled`. μ and σ² are the mean and the biased variance of the n
     weights that one output unit sums over.
 
     Args:
       w: float array of any shape.
       gain: factors, shape (*batch, *output) of `w`, any float dtype; 1 by default.
-      scaled: divides by √n, so that the layer keeps the variance of independent inputs. That is centred weight
-        normalization, but for ε.
+      scaled: whether to divide by √n, which preserves the variance of independent inputs. Up to ε, this is centred
+        weight normalization.
       eps: ε >= 0, a number or a scalar array.
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
@@ -44,7 +44,7 @@ def weight_standardize(
       becomes 0, with finite gradients; a NaN or infinite weight makes its unit NaN.
 
     Raises:
-      TypeError: `w` is not a float array, or `eps` not a number.
+      TypeError: `w` is not a float array, or `eps` is not a number.
       ValueError: `axes` does not fit `w`, `gain` has another shape, or `eps` is negative or NaN.
 
     >>> import jax.numpy as jnp
@@ -63,7 +63,7 @@ def weight_standardize(
     r = Reading.of(axes, w.shape)
     x = centered(w, r.contracted)
     root = math.sqrt(max(1, math.prod(w.shape[a] for a in r.contracted)))
-    # √(σ² + ε) as a hypotenuse, and σ = ‖x‖/√n: neither is squared, so neither overflows.
+    # √(σ² + ε) by hypot, with σ = ‖x‖/√n: nothing is squared, so nothing overflows.
     deviation = jnp.hypot(safe_norm(x, r.contracted, keepdims=True) / root, jnp.sqrt(jnp.asarray(eps, x.dtype)))
     x = safe_divide(x, deviation * root if scaled else deviation)
     if gain is not None:
@@ -75,11 +75,11 @@ def weight_standardize(
 class WeightStandardization(Transform):
     """Weight standardization, with a learned gain if `gain` is a number.
 
-    `WeightStandardization()` suits a layer that a norm follows. `WeightStandardization(gain, scaled=True)` is for nets
-    without norms: there `gain` makes up for the variance that the activation before the layer takes, for example
-    √(2/(1 − 1/π)) for ReLU.
+    `WeightStandardization()` suits a layer that a normalization layer follows. `WeightStandardization(gain,
+    scaled=True)` is for networks without normalization layers: `gain` makes up for the variance lost in the preceding
+    activation, for example √(2/(1 − 1/π)) for ReLU.
 
-    State: `gain`, shape (*batch, *output), float32 or wider, which starts at the number; nothing without one.
+    State: `gain`, shape (*batch, *output), float32 or wider, initially the given number; none without a gain.
 
     >>> import jax.numpy as jnp
     >>> print(WeightStandardization().apply(jnp.array([3.0, 5.0]), {}))
@@ -93,6 +93,7 @@ class WeightStandardization(Transform):
     eps: float = 1e-10
     axes: Axes | None = None
     learned: ClassVar[frozenset[str]] = frozenset({"gain"})
+    takes_axes: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("eps", self.eps, 0)
@@ -100,7 +101,7 @@ class WeightStandardization(Transform):
             check_scalar("gain", self.gain)
 
     def init(self, w, key):
-        """The gain, once for each unit."""
+        """The initial gain of every unit."""
         w = check_weight(w)
         if self.gain is None:
             return {}

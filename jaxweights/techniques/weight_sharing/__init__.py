@@ -1,4 +1,4 @@
-"""Weight sharing: many positions of a weight, few values behind them."""
+"""Weight sharing: the positions of a weight share a few values."""
 
 from jaxweights.techniques.weight_sharing.clustering import cluster
 from jaxweights.techniques.weight_sharing.indices import conv_index, hash_index

@@ -1,4 +1,4 @@
-"""Clusters of the values of a weight: k-means in one dimension."""
+"""Clustering of weight values: k-means in one dimension."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _LLOYD_STEPS = 50
 
 
 def cluster(w: jax.Array, n_clusters: int) -> tuple[jax.Array, jax.Array]:
-    """Groups the values of a weight in `n_clusters` clusters (k-means in one dimension).
+    """Groups the values of a weight into `n_clusters` clusters (k-means in one dimension).
 
-    Minimises Σᵢ (wᵢ − codebook[indexᵢ])², locally, by Lloyd's iteration from centroids spaced evenly over the range of
-    `w`, until no centroid moves or 50 steps are made. The centroids stay sorted.
+    Finds a local minimum of Σᵢ (wᵢ − codebook[indexᵢ])² by Lloyd's algorithm. It starts from centroids evenly spaced
+    over the range of `w` and stops when no centroid moves, or after 50 steps. The centroids stay sorted.
 
     Args:
       w: float array of any shape.
       n_clusters: number of distinct values, at least 1.
 
     Returns:
-      (codebook, index): the sorted centroids, shape (n_clusters,), dtype of `w`, and an int32 array of the
-      shape of `w`. `share(codebook, index)` is the clustered weight. An empty cluster keeps its centroid. NaN
-      or infinity anywhere makes the codebook NaN.
+      (codebook, index): the sorted centroids, shape (n_clusters,), in the dtype of `w`, and an int32 array of the shape
+      of `w`. `share(codebook, index)` is the clustered weight. An empty cluster keeps its centroid. A NaN or infinite
+      weight makes the codebook NaN.
 
     Raises:
-      TypeError: `w` is not a float array, or `n_clusters` not an integer.
+      TypeError: `w` is not a float array, or `n_clusters` is not an integer.
       ValueError: `w` is empty, or `n_clusters` is less than 1.
 
     >>> import jax.numpy as jnp
@@ -49,22 +49,26 @@ def cluster(w: jax.Array, n_clusters: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _lloyd(x: jax.Array, n: int) -> jax.Array:
-    """Lloyd's iteration from `n` centroids spaced evenly over the range of `x`."""
+    """Lloyd's algorithm from `n` centroids evenly spaced over the range of `x`."""
     low, high = jnp.min(x), jnp.max(x)
     fraction = jnp.linspace(0, 1, n, dtype=x.dtype)
     start = low * (1 - fraction) + high * fraction
+
+    def is_unsettled(state):
+        step, _, has_moved = state
+        return (step < _LLOYD_STEPS) & has_moved
 
     def move(state):
         step, centroids, _ = state
         new = jnp.sort(group_means(x, _nearest(x, centroids), centroids))
         return step + 1, new, jnp.any(new != centroids)
 
-    going = lambda state: (state[0] < _LLOYD_STEPS) & state[2]
-    return jax.lax.while_loop(going, move, (0, start, jnp.array(True)))[1]
+    _, centroids, _ = jax.lax.while_loop(is_unsettled, move, (0, start, jnp.array(True)))
+    return centroids
 
 
 def _nearest(x: jax.Array, centroids: jax.Array) -> jax.Array:
-    """The index of the centroid nearest to each entry, the lower of two equally near ones."""
+    """The index of the centroid nearest to each entry; ties go to the lower one."""
     midpoints = centroids[:-1] / 2 + centroids[1:] / 2
     return jnp.sum(x[..., None] > midpoints, axis=-1, dtype=jnp.int32)
 
@@ -72,8 +76,9 @@ def _nearest(x: jax.Array, centroids: jax.Array) -> jax.Array:
 def group_means(x: jax.Array, index: jax.Array, centre: jax.Array) -> jax.Array:
     """centre + mean of (x − centre) over each group; `centre` for groups without members.
 
-    Only n sums cross devices. The nearer `centre` is to the means, the less a long sum rounds. It is divided by the
-    size of `x` before, so that it does not overflow, and multiplied after, or XLA would sum on top of `centre`.
+    Only n sums cross devices. The nearer `centre` is to the means, the smaller the rounding error of a long sum. Terms
+    are divided by the size of `x` so that the sum does not overflow. The sum is multiplied by it afterwards; otherwise
+    XLA would accumulate on top of `centre`.
     """
     count = jnp.zeros(centre.shape, jnp.int32).at[index].add(1)
     total = jnp.zeros_like(centre).at[index].add((x - centre[index]) / x.size)

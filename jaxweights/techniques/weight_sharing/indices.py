@@ -1,4 +1,4 @@
-"""Indices that say which positions of a weight share a value: of convolutions, and by a hash."""
+"""Index arrays that assign the positions of a weight to shared values: for convolutions, and by hashing."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def conv_index(
     strides: int | Sequence[int] = 1,
     padding: Padding = "SAME",
 ) -> np.ndarray:
-    """The index that makes a convolution a matrix with shared weights.
+    """The index array that expresses a convolution as a matrix with shared weights.
 
     `x.ravel() @ share(kernel.ravel(), conv_index(kernel.shape, x.shape))` is the raveled output of
     `lax.conv_general_dilated` on one image: one kernel, shared by all positions. Entries that no kernel weight
     reaches are −1, so `share` makes them 0.
 
     Args:
-      kernel_shape: (*window, in, out), as Flax has it (HWIO).
-      input_shape: (*space, in), as Flax has it (HWC).
+      kernel_shape: (*window, in, out), the layout of Flax (HWIO).
+      input_shape: (*space, in), the layout of Flax (HWC).
       strides: one for all axes, or one per axis of the window.
       padding: "SAME", "VALID", "CIRCULAR", or (before, after) per axis of the window.
 
     Returns:
-      int32 numpy array, shape (input size, output size): a constant, to be computed once.
+      int32 numpy array, shape (input size, output size): a constant that need only be computed once.
 
     Raises:
       TypeError: a shape or stride is not made of integers.
@@ -50,22 +50,24 @@ def conv_index(
     space, out_space = conv.input_shape[:-1], conv.output_shape[:-1]
     if conv.circular and any(k > n for k, n in zip(conv.window, space, strict=True)):
         raise ValueError(
-            f"a window of {conv.window} meets itself around an image of {space}, where one position needs the sum of "
-            f"two weights: use a smaller window"
+            f"a circular window of {conv.window} overlaps itself on an image of {space}, where one position needs the "
+            f"sum of two weights: use a smaller window"
         )
     index = np.full((*space, conv.input_shape[-1], *conv.output_shape), -1, np.int32)
     weights = np.arange(math.prod(kernel_shape), dtype=np.int32).reshape(kernel_shape)
     for position in itertools.product(*map(range, out_space)):
         for offset in itertools.product(*map(range, conv.window)):
-            steps = zip(position, conv.strides, conv.pads, offset, space, strict=True)
-            source = tuple((o * s - p[0] + k) % n if conv.circular else o * s - p[0] + k for o, s, p, k, n in steps)
+            steps = zip(position, conv.strides, conv.pads, offset, strict=True)
+            source = [o * s - before + k for o, s, (before, _), k in steps]
+            if conv.circular:
+                source = [i % n for i, n in zip(source, space, strict=True)]
             if all(0 <= i < n for i, n in zip(source, space, strict=True)):
                 index[(*source, slice(None), *position, slice(None))] = weights[offset]
     return index.reshape(math.prod(input_shape), -1)
 
 
 def hash_index(shape: Sequence[int], n: int, seed: int = 0) -> np.ndarray:
-    """Assigns each position of a weight to one of `n` buckets by a hash.
+    """Hashes each position of a weight into one of `n` buckets.
 
     index[i] = h(i, seed) mod n with a fixed 32-bit mixing function h: the same on every machine.
 
@@ -79,7 +81,7 @@ def hash_index(shape: Sequence[int], n: int, seed: int = 0) -> np.ndarray:
 
     Raises:
       TypeError: `n`, `seed` or a size in `shape` is not an integer.
-      ValueError: `n` is less than 1 or above 2³¹ − 1, or `seed` negative.
+      ValueError: `n` is less than 1 or above 2³¹ − 1, or `seed` is negative.
 
     >>> hash_index((2, 4), 3).shape
     (2, 4)

@@ -1,4 +1,4 @@
-"""Shared weights: looked up in a codebook, and as a transform that averages what shares a value."""
+"""Shared weights: lookup in a codebook, and a transform that averages the weights of each group."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from jaxweights.techniques.weight_sharing.indices import hash_index
 
 
 def share(codebook: jax.Array, index: jax.Array) -> jax.Array:
-    """The weight whose entries are looked up in a codebook.
+    """Builds a weight by looking up its entries in a codebook.
 
     w'[i] = codebook[index[i]], and 0 where index[i] is −1. The gradient of a codebook entry is the sum of the
     gradients of all positions that share it.
 
     Args:
       codebook: float array, shape (n,).
-      index: integer array of any shape, with entries from −1 to n − 1. Others, which only run time can
-        see, give NaN.
+      index: integer array of any shape, with entries from −1 to n − 1. Others give NaN, since they are only known at
+        run time.
 
     Returns:
       Array of the shape of `index` and the dtype of `codebook`.
 
     Raises:
-      TypeError: `codebook` is not a float array or `index` not an integer array.
+      TypeError: `codebook` is not a float array or `index` is not an integer array.
       ValueError: `codebook` is not one-dimensional, or empty.
 
     >>> import jax.numpy as jnp
@@ -48,21 +48,20 @@ def share(codebook: jax.Array, index: jax.Array) -> jax.Array:
     if not jnp.issubdtype(kind, jnp.integer):
         raise TypeError(f"index must be an integer array, got {kind}: use cluster or conv_index")
     index = jnp.asarray(index, jnp.int32)  # in a narrow or unsigned dtype the comparisons below would wrap around
-    # A gather wraps −1 to the last entry, so that position must be set apart.
+    # A gather reads −1 as the last entry, so −1 is handled separately.
     looked_up = codebook.at[jnp.where(index < -1, codebook.size, index)].get(mode="fill", fill_value=jnp.nan)
     return jnp.where(index == -1, jnp.zeros((), codebook.dtype), looked_up)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShareWeights(Transform):
-    """Makes a weight have at most `n` distinct values: w'[i] = mean of the weights in the group of i.
+    """Restricts a weight to at most `n` distinct values: w'[i] is the mean of the weights in the group of i.
 
-    The groups are fixed when the state is made: by value (k-means, `cluster`), or at random by a hash of the
-    position if `seed` is given (`hash_index`). The mean is the orthogonal projection on weights that are
-    shared, so that after `optax` updates the members of a group still are equal, and each receives the mean
-    gradient of its group.
+    `init` fixes the groups: by value (k-means, `cluster`), or at random by a hash of the position if `seed` is given
+    (`hash_index`). The mean is the orthogonal projection onto the subspace of shared weights. The members of a group
+    therefore stay equal after `optax` updates, and each receives the mean gradient of its group.
 
-    State: `index`, int32, the shape of `w`: the group of each weight.
+    State: `index`, int32, shape of `w`: the group of each weight.
 
     >>> import jax, jax.numpy as jnp
     >>> w, t = jnp.array([0.0, 0.25, 1.0, 1.25]), ShareWeights(2)
@@ -83,7 +82,10 @@ class ShareWeights(Transform):
     def init(self, w, key):
         """The group of each weight."""
         w = check_weight(w)
-        index = cluster(w, self.n)[1] if self.seed is None else jnp.asarray(hash_index(w.shape, self.n, self.seed))
+        if self.seed is None:
+            _, index = cluster(w, self.n)
+        else:
+            index = jnp.asarray(hash_index(w.shape, self.n, self.seed))
         return {"index": index}
 
     def apply(self, w, state):
