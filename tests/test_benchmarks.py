@@ -1,4 +1,4 @@
-"""The benchmarks run and write what they say; their times are not judged here."""
+"""The benchmarks run and write what they say; their times are not judged here. All but the first are slow."""
 
 import json
 import subprocess
@@ -16,7 +16,12 @@ def run(*options):
 
 
 @pytest.mark.parametrize(
-    "only", ["apply/ClipWeights", "Adam step/decay, project: clip, mask", "temporary memory/SpectralNorm*"]
+    "only",
+    [
+        "*y/ClipWeights*",  # a time and a memory case
+        pytest.param("Adam step/decay, project: clip, mask", marks=pytest.mark.slow),
+        pytest.param("temporary memory/SpectralNorm*", marks=pytest.mark.slow),
+    ],
 )
 def test_a_quick_run_writes_ratios_and_a_chart(tmp_path, only):
     done = run("--only", only, "--rounds", "2", "--out", str(tmp_path))
@@ -50,6 +55,7 @@ def quick(name, out, *options):
     return report, done.stdout
 
 
+@pytest.mark.slow
 def test_products_with_sparse_weights(tmp_path):
     report, out = quick("sparse_matmul", tmp_path)
     for result in report["results"]:
@@ -57,12 +63,14 @@ def test_products_with_sparse_weights(tmp_path):
         assert result["format"] in out
 
 
+@pytest.mark.slow
 def test_selection(tmp_path):
     results = quick("selection", tmp_path)[0]["results"]
     assert {(r["dtype"], r["other"]) for r in results} >= {("float32", "argsort"), ("bfloat16", "top_k")}
     assert all(r["same"] and r["temporary"] <= 2 for r in results)
 
 
+@pytest.mark.slow
 def test_norms(tmp_path):
     pytest.importorskip("torch", reason="PyTorch is one of the peers that are measured")
     report, out = quick("norms", tmp_path, "--only", "layer*256*")
@@ -71,6 +79,7 @@ def test_norms(tmp_path):
     assert all(r["ratio"]["median"] > 0 for r in result["times"].values())
 
 
+@pytest.mark.slow
 def test_spectral_norm(tmp_path):
     pytest.importorskip("torch", reason="PyTorch is one of the peers that are measured")
     report, out = quick("spectral_norm", tmp_path)
@@ -78,3 +87,14 @@ def test_spectral_norm(tmp_path):
     assert all(errors["jaxweights"][-1] < errors[peer][-1] / 4 and peer in out for peer in ("Flax", "torch"))
     assert np.abs(np.array(report["tracking"]["jaxweights"]) - 1).max() < 0.02
     assert all(ratio["median"] > 0 for ratio in report["stack"].values())
+
+
+@pytest.mark.slow
+def test_tracing(tmp_path):
+    script = RUN.with_name("tracing.py")
+    subprocess.run([sys.executable, script, "--quick", "--out", tmp_path, "--before", RUN.parents[1]], check=True)
+    report = json.loads((tmp_path / "tracing-quick.json").read_text())
+    assert set(report["results"]) == {"now", "before"}
+    for now, before in zip(*(r.values() for r in report["results"].values()), strict=True):
+        assert now["equations"] == before["equations"] > report["weights"]
+        assert now["trace_s"] > 0 and now["lower_s"] > 0

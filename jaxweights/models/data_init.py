@@ -52,7 +52,7 @@ def data_dependent_init(
     >>> params = {"kernel": jnp.array([[3.0, 0.1]]), "bias": jnp.zeros(2)}
     >>> dense = lambda params, x: x @ params["kernel"] + params["bias"]
     >>> x = jnp.array([[1.0], [3.0]])
-    >>> print(dense(data_dependent_init(dense, params, x), x))
+    >>> print(dense(data_dependent_init(dense, params, x), x).round(3))
     [[-1. -1.]
      [ 1.  1.]]
 

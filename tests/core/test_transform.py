@@ -15,7 +15,8 @@ import jaxweights as jw
 
 KEY = jax.random.key(0)
 W = jnp.arange(6.0).reshape(2, 3) - 2
-QUERY = {f"{name}/kernel": jnp.ones((8, 2, 4)) for name in ("query", "key", "value")} | {"out/kernel": jnp.ones((2, 4, 8))}
+ATTENTION = {f"{name}/kernel": jnp.ones((8, 2, 4)) for name in ("query", "key", "value")}
+ATTENTION["out/kernel"] = jnp.ones((2, 4, 8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Flipped(jw.Transform):
 
 def test_a_tree_fills_in_axes_only_where_they_are_declared():
     assert jw.WeightNorm.takes_axes and not Flipped.takes_axes
-    norms, flips = (jw.on_tree(t).selected(QUERY) for t in (jw.WeightNorm(), Flipped()))
+    norms, flips = (jw.on_tree(t).selected(ATTENTION) for t in (jw.WeightNorm(), Flipped()))
     assert {t.axes for t in norms.values()} == {jw.axes.ATTENTION_IN, jw.axes.ATTENTION_OUT}
     assert {t.axes for t in flips.values()} == {None}
 
@@ -108,7 +109,8 @@ def test_a_joint_transform_sees_the_weights_of_its_rule_within_a_chain_and_aroun
 
 
 def test_around_holds_a_jointly_pruned_distance():
-    params, t = {"a": W, "b": 10 * W}, jw.Around(jw.Prune(0.5, score=jw.scores.saliency, distribution=jw.pruning.Global()))
+    params = {"a": W, "b": 10 * W}
+    t = jw.Around(jw.Prune(0.5, score=jw.scores.saliency, distribution=jw.pruning.Global()))
     lifted = jw.on_tree(t, where="*")
     moved = {"a": W + 1, "b": 10 * W + jnp.arange(6.0).reshape(2, 3)}
     state = lifted.update(moved, lifted.init(params, KEY), {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))})

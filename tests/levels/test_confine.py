@@ -13,7 +13,6 @@ import jaxweights as jw
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
-FLOATS = [jnp.float32, jnp.bfloat16]
 SHAPES = {"a": {"kernel": (24, 10), "bias": (10,)}, "b": {"kernel": (10, 6), "scale": (6,)}, "table": (7, 9)}
 PARAMS = jax.tree.map(lambda s: jnp.float32(RNG.normal(size=s)), SHAPES, is_leaf=lambda s: isinstance(s, tuple))
 KERNELS = {"a/kernel": (24, 10), "b/kernel": (10, 6)}  # all shapes of the tree differ
@@ -65,9 +64,11 @@ def mask_of(state, path):
     return np.asarray(jw.sparse.unpack_mask(state.transform.fixed[path]["mask"], KERNELS[path]))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, jnp.float32) for name in OPTIMIZERS), ("adam", jnp.bfloat16), ("lion", jnp.bfloat16)]
-)
+SOME = [("momentum", jnp.float32), ("adam", jnp.bfloat16), ("adafactor", jnp.float32), ("multi_transform", jnp.float32)]
+REST = [*((name, jnp.float32) for name in OPTIMIZERS if (name, jnp.float32) not in SOME), ("lion", jnp.bfloat16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
 def test_weights_and_moments_of_every_optimizer_are_zero_where_they_are_pruned(name, dtype):
     """Every array of the state that has the kernel's shape is one of its moments: no other weight has that shape."""
     t = jw.Regrow(jw.Prune(0.7), fraction=optax.cosine_decay_schedule(0.5, 6), every=2)
@@ -143,8 +144,19 @@ def test_a_weight_that_comes_back_starts_from_zero_without_a_moment():
     assert (np.sign(steps[3][0]["kernel"]) == -np.sign(g))[grown].all()
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("level", [jw.confine, lambda tx, t, where: optax.chain(tx, jw.project(t, where))])
+def projected(tx, t, where):
+    return optax.chain(tx, jw.project(t, where))
+
+
+@pytest.mark.parametrize(
+    ("level", "dtype"),
+    [
+        (jw.confine, jnp.bfloat16),
+        (projected, jnp.float32),
+        pytest.param(jw.confine, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(projected, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_gradual_pruning_has_exact_zeros_through_momentum(level, dtype):
     """At every step as many as the schedule says, and those that were there before."""
     schedule = jw.pruning.PolynomialSparsity(0.9, 2, 8, every=2)
@@ -197,6 +209,7 @@ def test_a_lottery_ticket_is_found_in_rounds_and_rewound():
         before = kept
 
 
+@pytest.mark.slow
 def test_training_resumes_bit_for_bit_from_a_checkpoint(tmp_path):
     tx = jw.confine(OPTIMIZERS["adamw"], {"a/kernel": RIGL, "b/kernel": SET})
     step = jax.jit(lambda p, s, g: (lambda u, s: (optax.apply_updates(p, u), s))(*tx.update(g, s, p)))
@@ -236,6 +249,7 @@ def test_drop_and_grow_per_layer_of_a_stack_and_in_blocks():
         expected[pruned[np.argsort(-g.ravel()[pruned])[:k]]] = True
         np.testing.assert_array_equal(n.ravel(), expected)
     units = np.repeat([[1, 1, 1, 0, 0, 0]], 8, 0).astype(bool)
-    new = np.asarray(jw.pruning.drop_and_grow(units, drop[0], grow[0], 1.0, structure=jw.pruning.OutputUnits()))
+    swap = jax.jit(lambda *a: jw.pruning.drop_and_grow(*a, structure=jw.pruning.OutputUnits()))
+    new = np.asarray(swap(units, drop[0], grow[0], 1.0))
     best = np.argsort(np.linalg.norm(grow[0], axis=0))[3:]
     assert (new == new[:1]).all() and set(np.flatnonzero(new[0])) == set(best)

@@ -47,10 +47,8 @@ def test_linen_has_the_parameters_outputs_and_gradients_of_flax(name, options):
             y = module.apply(variables, x, mask=mask)
             return jnp.sum(jnp.sin(y) * (1 if mask is None else mask)), y
 
-        run = lambda module, loss=loss: jax.jit(jax.grad(loss, (1, 2), has_aux=True), static_argnums=0)(
-            module, variables, X
-        )
-        close(run(ours), run(flaxs))
+        grad = jax.jit(jax.grad(loss, (1, 2), has_aux=True), static_argnums=0)
+        close(grad(ours, variables, X), grad(flaxs, variables, X))
 
 
 @every_module

@@ -53,7 +53,7 @@ class Model(nn.Module):
 
 def random_variables():
     rng = np.random.default_rng(1)
-    variables = Model().init(KEY, X)
+    variables = jax.eval_shape(Model().init, KEY, X)
     params = jax.tree.map(lambda a: jnp.float32(rng.normal(size=a.shape)), variables["params"])
     stats = jax.tree.map(lambda a: jnp.float32(rng.uniform(0.1, 2, size=a.shape)), variables["batch_stats"])
     return params, stats
@@ -63,11 +63,11 @@ def test_every_kind_of_layer():
     params, stats = random_variables()
     # Variances as a trained model has them: tiny, denormal and 0.
     stats["block"]["conv_norm"]["var"] = stats["block"]["conv_norm"]["var"].at[:3].set([1e-12, 1e-40, 0.0])
-    expected = Model().apply({"params": params, "batch_stats": stats}, X)
+    expected = jax.jit(Model().apply)({"params": params, "batch_stats": stats}, X)
     folded = jw.fold_batch_norms(params, stats, PAIRS, axes=AXES)
     plain = Model(norm=False)
-    assert jax.tree.structure(folded) == jax.tree.structure(dict(plain.init(KEY, X)["params"]))
-    found = plain.apply({"params": folded}, X)
+    assert jax.tree.structure(folded) == jax.tree.structure(dict(jax.eval_shape(plain.init, KEY, X)["params"]))
+    found = jax.jit(plain.apply)({"params": folded}, X)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -80,25 +80,27 @@ def test_a_stack_of_layers():
             x = nn.Dense(4, use_bias=not self.norm, name="dense")(x)
             return nn.BatchNorm(use_running_average=True, name="norm")(x) if self.norm else x, None
 
-    stack = lambda norm: nn.scan(
-        Layer, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3
-    )(norm)
+    stack = nn.scan(Layer, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3)
     rng = np.random.default_rng(2)
-    variables = jax.tree.map(lambda a: jnp.float32(rng.uniform(0.5, 1.5, a.shape)), stack(True).init(KEY, X, None))
-    expected, _ = stack(True).apply(variables, X, None)
+    shapes = jax.eval_shape(stack(True).init, KEY, X, None)
+    variables = jax.tree.map(lambda a: jnp.float32(rng.uniform(0.5, 1.5, a.shape)), shapes)
+    expected, _ = jax.jit(stack(True).apply)(variables, X, None)
     folded = jw.fold_batch_norms(variables["params"], variables["batch_stats"], {"norm": "dense"})
-    found, _ = stack(False).apply({"params": folded}, X, None)
+    found, _ = jax.jit(stack(False).apply)({"params": folded}, X, None)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_it_is_jitted_and_differentiated():
     params, stats = random_variables()
-    fold = lambda p: jw.fold_batch_norms(p, stats, PAIRS, axes=AXES)
+
+    def fold(params):
+        return jw.fold_batch_norms(params, stats, PAIRS, axes=AXES)
+
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), jax.jit(fold)(params), fold(params)
     )
-    grads = jax.grad(lambda p: Model(norm=False).apply({"params": fold(p)}, X).sum())(params)
-    expected = jax.grad(lambda p: Model().apply({"params": p, "batch_stats": stats}, X).sum())(params)
+    grads = jax.jit(jax.grad(lambda p: Model(norm=False).apply({"params": fold(p)}, X).sum()))(params)
+    expected = jax.jit(jax.grad(lambda p: Model().apply({"params": p, "batch_stats": stats}, X).sum()))(params)
     size = max(np.abs(g).max() for g in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * size), grads, expected)
 
@@ -147,13 +149,13 @@ STATS = {n: {"mean": jnp.ones(3), "var": jnp.ones(3)} for n in ("n", "m")}
 @pytest.mark.parametrize(
     ("layers", "options", "error", "message"),
     [
-        ({"n": "a", "z": "b"}, {}, ValueError, "batch norm 'z', which is not there. There are: m, n"),
+        ({"n": "a", "z": "b"}, {}, ValueError, "names 'z', which is not a batch norm. There are: m, n"),
         ({"n": "a", "m": "c"}, {}, ValueError, "'c', which has no kernel. Kernels are at: a, b"),
         ({"n": "a", "m": "a"}, {}, ValueError, "folds both 'n' and 'm' into 'a'"),
         ({"n": "a"}, {}, ValueError, "leaves out the batch norms m: name the layer"),
         ({}, {}, ValueError, "leaves out the batch norms m, n"),
         ([("n", "a")], {}, TypeError, "layers must be a dict"),
-        ({"n": "a", "m": "b"}, {"axes": {"c": jw.Axes()}}, ValueError, "axes names 'c', which layers does not"),
+        ({"n": "a", "m": "b"}, {"axes": {"c": jw.Axes()}}, ValueError, "axes names 'c', but layers does not"),
         ({"n": "a", "m": "b"}, {"axes": [jw.Axes()]}, TypeError, "axes must be a dict"),
         ({"n": "a", "m": "b"}, {"axes": {"a": jw.Axes(-1, -2)}}, ValueError, "fold_batch_norms at 'n': mean must have"),
         ({"n": "a", "m": "b"}, {"eps": -1.0}, ValueError, "eps must be at least 0"),

@@ -31,12 +31,14 @@ def test_it_gives_the_cosines_that_its_authors_publish(minilm):
     np.testing.assert_allclose(y @ y.T, published, atol=6e-5)
 
 
+@pytest.mark.slow
 def test_calibration_and_comparison_share_no_sentence(minilm):
     tokens = [{tuple(s) for b in minilm.minilm_model.shakespeare(64, held_out=h) for s in b} for h in (False, True)]
     assert len(tokens[0]) == len(tokens[1]) == 64 * len(minilm.minilm_model.TOKENS)
     assert not tokens[0] & tokens[1]
 
 
+@pytest.mark.slow
 def test_data_helps_to_prune(minilm, tmp_path, capsys):
     cosines = minilm.main(["--quick", "--out", str(tmp_path / "minilm.png")])
     at = {method: c["2:4"] for method, c in cosines.items()}

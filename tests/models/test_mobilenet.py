@@ -110,6 +110,7 @@ def test_other_files_are_refused(tmp_path):
             torch_pickle.load(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_the_folded_model_is_the_model(outcome):
     assert outcome.error < 1e-5
     assert outcome.same_class == 1
@@ -122,12 +123,14 @@ def test_the_folded_model_is_the_model(outcome):
         assert entry["error"] < 1e-8
 
 
+@pytest.mark.slow
 def test_it_sees_the_palace_in_the_photo(outcome):
     (palace, p), (monastery, _) = outcome.top["china.jpg"][:2]
     assert (palace, monastery) == (698, 663)
     assert p > 0.5
 
 
+@pytest.mark.slow
 def test_the_logits_are_those_of_torch(outcome, weights):
     """A forward pass from the names in the file, in torch's own layout."""
     import mobilenet

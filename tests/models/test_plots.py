@@ -1,4 +1,4 @@
-"""The pictures show the numbers they are drawn from."""
+"""Plots show the numbers they are made from."""
 
 import builtins
 

@@ -167,6 +167,8 @@ def test_what_a_weight_draws_does_not_change_with_the_rest_of_the_tree():
 
 
 def test_jitted():
-    f = lambda key: jw.reinitialize(LAYER, key, {"kernel": init.orthogonal, "bias": init.zeros})
-    new, expected = jax.jit(f)(KEY), f(KEY)
+    def draw(key):
+        return jw.reinitialize(LAYER, key, {"kernel": init.orthogonal, "bias": init.zeros})
+
+    new, expected = jax.jit(draw)(KEY), draw(KEY)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new, expected)

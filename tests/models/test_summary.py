@@ -46,7 +46,7 @@ def test_patterns_along_the_input(kept, pattern):
 
 
 def test_few_scattered_entries_have_no_pattern():
-    """Of every 16 there happen to be at most 8, but that is not what makes 5% of them."""
+    """No 16 consecutive inputs have more than 8 entries, but 8:16 does not explain a density of 5%."""
     w = np.random.default_rng(0).random((320, 20)) < 0.05
     assert jw.summarize([jnp.asarray(w, jnp.float32)]).rows[0].pattern is None
 
