@@ -1,4 +1,4 @@
-"""How much a weight matters: scores, of which pruning keeps the largest.
+"""Scores of weights: pruning keeps the weights whose score is largest.
 
 A score is a function of the weight, and of `grad` or `key` where it names them: `f(w)`, `f(w, grad)`, `f(w, key)`.
 """

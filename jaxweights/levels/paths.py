@@ -65,9 +65,8 @@ def select(
 ) -> dict[int, T]:
     """The value of the first rule that matches each weight, by position; weights without one are left out.
 
-    `None` as a rule matches what `where` allows; `None` as `where` allows weights of two or more axes that are no
-    biases or scales, if a rule matches by None, and every weight that a rule names otherwise. Raises if a glob, or all
-    of it, matches nothing.
+    A rule of None matches all that `where` allows. A `where` of None allows every weight that a glob of a rule matches
+    and, to a rule of None, weights with two or more axes except biases and scales. Raises if a glob matches nothing.
     """
     weights = [i for i, leaf in enumerate(leaves) if is_weight(leaf)]
     if where is not None:
@@ -81,7 +80,7 @@ def select(
         else:
             matched = _matrices(weights, paths, leaves)
             if not matched:
-                default = "floating-point arrays with two or more axes that are no biases or scales"
+                default = "floating-point arrays with two or more axes except biases and scales"
                 _nothing(f"the default where ({default})", paths, leaves)
         for i in matched:
             chosen.setdefault(i, value)
@@ -137,9 +136,9 @@ def _matching(among: list[int], paths: Sequence[str], leaves: Sequence[Any], whe
 
 
 def _matrices(among: list[int], paths: Sequence[str], leaves: Sequence[Any]) -> list[int]:
-    """The weights of two or more axes, but for the biases and scales, which have as many in a stack of layers.
+    """The weights with two or more axes, except biases and scales, which have two axes in a stack of layers.
 
-    Those go by their names, or, as the `weight` of an Equinox norm, by the bias beside it: it has the same shape.
+    They are known by name. The `weight` of an Equinox norm is known by the bias beside it, which has the same shape.
     """
     shapes = {paths[i]: leaves[i].shape for i in among}
     matched = []

@@ -53,7 +53,7 @@ class TreeTransform:
         return bound.tree.replaced(bound.apply(state))
 
     def selected(self, params: Any) -> dict[str, Transform]:
-        """The transform of each selected weight, by path: what `where` and the rules come to on this tree."""
+        """The transform of each selected weight, by path, with the axes of that weight."""
         return self.bind(params).transforms
 
     def bind(self, params: Any) -> BoundTransform:
@@ -153,17 +153,17 @@ def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None 
     """Lifts a transform from one weight to a tree of them.
 
     Args:
-      transform: a transform, or rules {glob: transform} of which the first that matches a path is taken.
+      transform: a transform, or rules {glob: transform}. The first rule that matches a path applies.
       where: the weights to transform: a glob on paths ("**/kernel"), a list of globs, or a predicate
-        `(path, array) -> bool`. By default those with two or more axes that are no biases or scales; with rules,
-        those the rules name.
+        `(path, array) -> bool`. By default, weights with two or more axes except biases and scales; with rules, the
+        weights that they match.
 
     Returns:
-      An object with `init(params, key)`, `update(params, state)` and `apply(params, state)`. All other leaves,
-      None leaves and anything that is no floating-point array pass through.
+      An object with `init(params, key)`, `update(params, state)` and `apply(params, state)`. All other leaves pass
+      through, None and leaves that are not floating-point arrays among them.
 
     Raises:
-      TypeError: `transform` is no transform.
+      TypeError: `transform` is not a transform.
       ValueError: (when used) a glob or `where` selects nothing; it lists the paths there are.
 
     >>> import jax, jax.numpy as jnp

@@ -26,20 +26,19 @@ def capture(
     second_moment: bool = True,
     progress: bool = False,
 ) -> dict[str, InputStats]:
-    """What each weight is multiplied by, as a function of weights runs over batches of data.
+    """Computes statistics of the inputs of every layer while a function runs over batches of data.
 
-    Every product of matrices and every convolution with a selected weight counts, in whatever library the function is
-    written. One jitted step a batch adds to sums in float32; only they are kept. Where one weight is used in several
-    places, or in every step of a loop, all its inputs count; a stack of layers has statistics for each along the batch
-    axes of the weight.
+    The inputs of a weight are what it is multiplied by, in matrix products and convolutions, whatever library the
+    function is written in. One jitted step per batch adds to running sums in float32; nothing else is kept. If a weight
+    is used in several places, or in every step of a loop, all its inputs count. A stack of layers has separate
+    statistics for each layer, along the batch axes of the weight.
 
     Args:
       f: a function (params, *batch), as in evaluation.
       params: the tree of weights.
       batches: an iterable of batches: a tuple of the arguments after `params`, or the one argument.
-      where: the weights to capture, as for `on_tree`; by default those of two or more axes, as far as they are
-        multiplied by data.
-      second_moment: whether to keep E[xxᵀ], which has the square of the size of `x`.
+      where: the weights to capture, as in `on_tree`; by default those of two or more axes that meet data in a product.
+      second_moment: whether to keep E[xxᵀ], whose size is the square of that of `x`.
       progress: whether to show a bar.
 
     Returns:
@@ -47,8 +46,8 @@ def capture(
 
     Raises:
       TypeError: `f` is not callable, or `batches` not iterable.
-      ValueError: there are no batches, `where` selects nothing, or a weight that is not multiplied by data: it is not
-        used, or reshaped or sliced before; or no weight at all is.
+      ValueError: there are no batches; `where` selects nothing, or a weight that is not multiplied by data, because it
+        is unused, or reshaped or sliced first; or no weight is multiplied by data.
 
     >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}

@@ -22,31 +22,31 @@ from jaxweights.programs.contractions.visit import check_found, visit_contractio
 def data_dependent_init(
     f: Callable[..., Any], params: Any, batch: Any, where: Where | None = None, *, per_unit: bool = True
 ) -> Any:
-    """Scales and shifts each layer so that on a batch every unit of its output has mean 0 and variance 1.
+    """Scales and shifts each layer so that every unit of its output has mean 0 and variance 1 on a batch.
 
-    w' = w/σ and b' = −μ/σ, where μ and σ² are the mean and the variance of the unit's wᵀx, x coming from layers that
-    are already so. Layers are found as by `capture`, in the order of use, all in one pass.
+    w' = w/σ and b' = −μ/σ, where μ and σ² are the mean and the variance of wᵀx for the unit, and x comes from layers
+    that are already initialized so. Layers are found as in `capture`, in the order of use, in a single pass.
 
-    Wrapped in `WeightNorm` next, whose scale starts at ‖w'‖, this is the initialization of weight normalization. On
-    orthogonal weights (`reinitialize` with `initializers.orthogonal`) and with `per_unit=False` it is LSUV.
+    Followed by `WeightNorm`, whose scale starts at ‖w'‖, this is the initialization of weight normalization. With
+    orthogonal weights (`reinitialize` with `initializers.orthogonal`) and `per_unit=False` it is LSUV.
 
     Args:
       f: a function (params, *batch), as in training but without randomness.
       params: the tree of weights, freshly drawn.
       batch: a tuple of the arguments after `params`, or the one argument.
-      where: the weights of the layers, as for `on_tree`; by default those of two or more axes, as far as they are
-        multiplied by data. The bias of a layer is the entry `bias` beside its weight. A layer without one is scaled
-        alone: its mean is then not 0.
-      per_unit: False scales each layer as a whole to variance 1, and leaves biases as they are. In a stack, each layer
-        on its own.
+      where: the weights of the layers, as in `on_tree`; by default those with two or more axes that meet data in a
+        product. The bias of a layer is the entry `bias` beside its weight. A layer without a bias is only scaled: its
+        mean is then not 0.
+      per_unit: if False, scales each layer as a whole to variance 1 and leaves biases unchanged. Each layer of a stack
+        is scaled separately.
 
     Returns:
-      A tree like `params`, in its dtypes. A unit that gives the same on all of the batch keeps its weights.
+      A tree like `params`, with its dtypes. A unit whose output is constant on the batch keeps its weights.
 
     Raises:
       TypeError: `f` is not callable.
-      ValueError: `where` selects nothing, or a weight that is not multiplied by data; a weight is used more than once,
-        for which there is no one scale (not seen under an outer `jit`); or a bias is not one per unit.
+      ValueError: `where` selects nothing, or a weight that is not multiplied by data; a weight is used more than once
+        and so has no single scale (not detected under an outer `jit`); or a bias is not one per unit.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {"kernel": jnp.array([[3.0, 0.1]]), "bias": jnp.zeros(2)}

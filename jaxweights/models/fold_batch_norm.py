@@ -1,4 +1,4 @@
-"""Folding the batch norms of a whole model into the layers before them."""
+"""Folding all batch norms of a model into the layers before them."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ def fold_batch_norms(
     eps: float = 1e-5,
     axes: Mapping[str, Axes] | None = None,
 ) -> dict[str, Any]:
-    """The parameters of the model without its batch norms, which computes what it computes in evaluation.
+    """Folds every batch norm of a model into the kernel and bias of the layer before it, as `fold_batch_norm` does.
 
-    Each batch norm is folded into the kernel and the bias of its layer, as `fold_batch_norm` says. Apply the result
-    with the same model built without batch norms and with a bias in those layers.
+    The result has the parameters of the same model built without batch norms and with a bias in these layers. That
+    model computes what the original one computes in evaluation.
 
     Args:
-      params: nested dict of parameters, as the "params" of Linen variables.
-      batch_stats: nested dict of running statistics, "mean" and "var" for each batch norm.
-      layers: {path of the batch norm: path of the layer whose output it normalises}, of every batch norm there is.
+      params: nested dict of parameters, as "params" of Linen variables.
+      batch_stats: nested dict of running statistics, "mean" and "var" of each batch norm.
+      layers: {path of the batch norm: path of the layer whose output it normalises}, for every batch norm.
       eps: ε of the batch norms, 1e-5 by default as in Flax and torch.
       axes: {path of the layer: Axes} for kernels that are not (..., in, out). Where the statistics have shape
         (layers, features), the kernel is a stack.
 
     Returns:
-      A nested dict like `params` without the batch norms' entries, with a bias for every layer of `layers`.
+      A nested dict like `params` without the entries of batch norms and with a bias in every layer of `layers`.
 
     Raises:
       TypeError: `layers` or `axes` is not a dict, or an array is not of a floating dtype.
-      ValueError: a path is not in the tree, a batch norm is left over, two share a layer, or features do not match.
+      ValueError: a path is not in the tree, `layers` leaves out a batch norm, two batch norms share a layer, or the
+        numbers of features differ.
 
     >>> import jax.numpy as jnp
     >>> params = {"conv": {"kernel": jnp.array([[6.0]])}, "norm": {"scale": jnp.ones(1), "bias": jnp.ones(1)}}
@@ -82,14 +83,14 @@ def check_layers(layers: Any, axes: Any, norms: Iterable[str], kernels: Iterable
     seen: dict[str, str] = {}
     for norm, layer in layers.items():
         if norm not in norms:
-            raise ValueError(f"layers names the batch norm {norm!r}, which is not there. There are: {', '.join(norms)}")
+            raise ValueError(f"layers names {norm!r}, which is not a batch norm. There are: {', '.join(norms)}")
         if layer not in kernels:
             raise ValueError(
                 f"layers folds {norm!r} into {layer!r}, which has no kernel. Kernels are at: {', '.join(kernels)}"
             )
         if layer in seen:
             raise ValueError(
-                f"layers folds both {seen[layer]!r} and {norm!r} into {layer!r}: a layer takes the one right behind it"
+                f"layers folds both {seen[layer]!r} and {norm!r} into {layer!r}: name the layer right before each"
             )
         seen[layer] = norm
     left = [norm for norm in norms if norm not in layers]
@@ -97,24 +98,24 @@ def check_layers(layers: Any, axes: Any, norms: Iterable[str], kernels: Iterable
         raise ValueError(f"layers leaves out the batch norms {', '.join(left)}: name the layer before each")
     for layer in axes:
         if layer not in seen:
-            raise ValueError(f"axes names {layer!r}, which layers does not. It folds into: {', '.join(seen)}")
+            raise ValueError(f"axes names {layer!r}, but layers does not. It folds into: {', '.join(seen)}")
 
 
 def _by_parent(tree: Any) -> dict[str, dict[str, Any]]:
     """{path of a module: {name: leaf}}."""
-    paths, leaves, _ = flatten(tree)
-    found: dict[str, dict[str, Any]] = {}
-    for path, leaf in zip(paths, leaves, strict=True):
+    modules: dict[str, dict[str, Any]] = {}
+    for path, leaf in flatten(tree).by_path.items():
         parent, _, name = path.rpartition("/")
-        found.setdefault(parent, {})[name] = leaf
-    return found
+        modules.setdefault(parent, {})[name] = leaf
+    return modules
 
 
 def _nested(by_parent: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
+    """The nested dict that `_by_parent` flattened."""
+    tree: dict[str, Any] = {}
     for parent, entry in by_parent.items():
-        place = out
+        module = tree
         for name in filter(None, parent.split("/")):
-            place = place.setdefault(name, {})
-        place |= entry
-    return out
+            module = module.setdefault(name, {})
+        module |= entry
+    return tree

@@ -1,4 +1,4 @@
-"""Pictures of sparsity: how much each layer keeps, and what one mask looks like."""
+"""Plots of sparsity: the density of every weight, and the mask of one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLOR, _LIGHT = "#1f5fa8", "#e8edf3"
 
 
 def plot_density(params: Any, where: Where | None = None, *, panel: Panel | None = None) -> Panel:
-    """Draws the fraction of non-zero entries of every weight, as bars in the order of the tree.
+    """Plots the density of every weight, its fraction of non-zero entries, as bars in the order of the tree.
 
     Args:
       params: a `Summary`, or any pytree of weights as for `summarize`.
@@ -42,15 +42,15 @@ def plot_density(params: Any, where: Where | None = None, *, panel: Panel | None
     >>> print(panel.get_yticklabels()[0].get_text(), panel.texts[0].get_text())
     dense/kernel 25.0%  1:4
     """
-    summary = params if isinstance(params, Summary) else summarize(params, where or _of_two_axes)
+    summary = params if isinstance(params, Summary) else summarize(params, where or _has_two_axes)
     panel = panel or _new_panel(7, 0.32 * len(summary.rows) + 1)
-    places, densities = range(len(summary.rows)), [100 * r.density for r in summary.rows]
-    panel.barh(places, [100] * len(densities), color=_LIGHT, height=0.7)
-    panel.barh(places, densities, color=_COLOR, height=0.7)
-    for place, row in zip(places, summary.rows, strict=True):
+    positions, densities = range(len(summary.rows)), [100 * r.density for r in summary.rows]
+    panel.barh(positions, [100] * len(densities), color=_LIGHT, height=0.7)
+    panel.barh(positions, densities, color=_COLOR, height=0.7)
+    for y, row in zip(positions, summary.rows, strict=True):
         pattern = f"  {row.pattern}" if row.pattern else ""
-        panel.text(101, place, f"{row.density:.1%}{pattern}", va="center", fontsize=8)
-    panel.set_yticks(list(places), [r.path for r in summary.rows], fontsize=8)
+        panel.text(101, y, f"{row.density:.1%}{pattern}", va="center", fontsize=8)
+    panel.set_yticks(list(positions), [r.path for r in summary.rows], fontsize=8)
     panel.set_xlim(0, 120)
     panel.set_xticks(range(0, 101, 20))
     panel.set_xlabel("non-zero entries, %")
@@ -61,11 +61,11 @@ def plot_density(params: Any, where: Where | None = None, *, panel: Panel | None
 
 
 def plot_mask(w: jax.Array | Stored, *, axes: Axes | None = None, panel: Panel | None = None) -> Panel:
-    """Draws where a weight, or a mask, is not zero: inputs downwards, outputs to the right.
+    """Plots where a weight or a mask is not zero: inputs from top to bottom, outputs from left to right.
 
     Args:
       w: float or boolean array of any shape, or a stored weight.
-      axes: how it is read as a matrix; (..., in, out) by default. Of a stack the first matrix is shown.
+      axes: how `w` is read as a matrix; (..., in, out) by default. Of a stack, the first matrix is shown.
       panel: matplotlib axes to draw in; by default those of a new figure.
 
     Returns:
@@ -73,7 +73,7 @@ def plot_mask(w: jax.Array | Stored, *, axes: Axes | None = None, panel: Panel |
 
     Raises:
       ImportError: matplotlib is not installed.
-      TypeError: `w` is no float or boolean array.
+      TypeError: `w` is not a float or boolean array.
       ValueError: `axes` does not fit `w`.
 
     >>> import jax.numpy as jnp
@@ -97,7 +97,7 @@ def plot_mask(w: jax.Array | Stored, *, axes: Axes | None = None, panel: Panel |
     return panel
 
 
-def _of_two_axes(path: str, w: jax.Array) -> bool:
+def _has_two_axes(path: str, w: jax.Array) -> bool:
     return w.ndim >= 2
 
 
@@ -105,5 +105,5 @@ def _new_panel(width: float, height: float) -> Panel:
     try:
         from matplotlib import pyplot as plt
     except ImportError as e:
-        raise ImportError("pictures need matplotlib, which is not installed: pip install matplotlib") from e
+        raise ImportError("plots need matplotlib, which is not installed: pip install matplotlib") from e
     return plt.subplots(figsize=(width, height), layout="constrained")[1]

@@ -1,4 +1,4 @@
-"""Re-initializing a tree of weights by rules."""
+"""Reinitialization of a tree of weights by rules on paths."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
 
     Args:
       params: any pytree.
-      key: a `jax.random` key; each weight draws from it, folded with a hash of its path, so that what it draws does not
-        change with the rest of the tree.
-      rules: {glob: initializer} of which the first that matches is taken; an initializer is
-        `(key, shape, dtype) -> array`, ours or JAX's. One that takes `axes`, and has not got them by
-        `functools.partial`, is given those that follow from the tree (attention, stacks). Weights that no rule matches
-        are kept.
+      key: a `jax.random` key. Each weight uses it folded with a hash of its path, so the draw does not depend on the
+        rest of the tree.
+      rules: {glob: initializer}; the first glob that matches a path applies. An initializer is a function
+        `(key, shape, dtype) -> array`, ours or JAX's. If it takes `axes`, it is passed those that follow from the tree
+        (attention, stacks), unless `functools.partial` has set them. Weights that no glob matches are kept.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      ValueError: the rules are empty, a glob matches nothing, or an initializer returns another shape.
+      TypeError: `rules` is not a dict of initializers, or a rule is a factory of initializers.
+      ValueError: `rules` is empty, a glob matches nothing, or an initializer returns another shape or dtype.
 
     >>> import jax, jax.numpy as jnp
     >>> import jaxweights as jw
@@ -56,7 +56,7 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
             raise type(e)(f"reinitialize at {paths[i]!r}: {e}") from e
         if callable(new):
             raise TypeError(
-                f"reinitialize at {paths[i]!r}: the rule is a factory, it returned a function: call it first"
+                f"reinitialize at {paths[i]!r}: the rule returned a function, so it is a factory: call it first"
             )
         if jnp.shape(new) != old.shape or jnp.result_type(new) != old.dtype:
             raise ValueError(
@@ -68,6 +68,6 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
 
 
 def _takes_axes(initializer: Initializer) -> bool:
-    """Whether it has a parameter `axes` that is still open."""
+    """Whether it has a parameter `axes` that is not set yet."""
     parameter = inspect.signature(initializer).parameters.get("axes")
     return parameter is not None and parameter.default is None

@@ -1,4 +1,4 @@
-"""What a tree of weights is like: a table of sizes, zeros, patterns, values and norms."""
+"""Summaries of a tree of weights: the size, sparsity, distinct values and norms of each."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 class WeightSummary(NamedTuple):
-    """What one weight is like.
+    """The summary of one weight.
 
     Attributes:
-      path: in the tree.
-      shape: of the weight.
+      path: path in the tree.
+      shape: shape of the weight.
       form: its dtype, or the name of the type that stores it.
-      nbytes: bytes that are stored.
+      nbytes: bytes of storage.
       density: fraction of entries that are not 0.
-      pattern: the tightest n:m, n <= m/2 and m one of 2, 4, 8, 16, that the entries along the input keep to, if any
-        accounts for the density: at least 9 in 10 of the entries that it allows are there.
-      values: how many distinct values there are.
-      sigma: the largest singular value of the matrix that it is read as, or of all if it is a stack.
-      norm: the Euclidean norm of all entries.
+      pattern: the tightest n:m pattern along the input that the entries fit, with n <= m/2 and m one of 2, 4, 8, 16.
+        None unless the pattern explains the density: at least 9 of 10 entries that it allows are not 0.
+      values: number of distinct values.
+      sigma: largest singular value of the matrix that the weight is read as; for a stack, the largest of all matrices.
+      norm: Euclidean norm of all entries.
     """
 
     path: str
@@ -45,22 +45,22 @@ class WeightSummary(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The rows of `summarize`, and what they come to. `print` and rich show a table.
+    """The rows of `summarize` and their totals. `print` and rich show it as a table.
 
     Attributes:
-      rows: one for each weight.
+      rows: one row per weight.
     """
 
     rows: tuple[WeightSummary, ...]
 
     @property
     def size(self) -> int:
-        """How many entries all weights have."""
+        """Number of entries of all weights."""
         return sum(math.prod(r.shape) for r in self.rows)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are stored for all of them."""
+        """Bytes of storage of all weights."""
         return sum(r.nbytes for r in self.rows)
 
     @property
@@ -70,11 +70,11 @@ class Summary:
 
     @property
     def norm(self) -> float:
-        """The Euclidean norm of all entries of all weights."""
+        """Euclidean norm of all entries of all weights."""
         return math.hypot(*(r.norm for r in self.rows))
 
     def __rich__(self) -> Table:
-        from rich import box  # Flax brings it; most calls do without
+        from rich import box  # a dependency of Flax, imported only to show a table
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0))
@@ -106,19 +106,20 @@ class Summary:
 
 
 def summarize(params: Any, where: Where | None = None) -> Summary:
-    """Density, pattern, distinct values, σ and norm of every weight, and the bytes it takes.
+    """Summarizes the weights of a tree: bytes, density, pattern, distinct values, σ and norm of each.
 
-    For looking at a model: it is computed on the host, one weight after the other, σ by a singular value decomposition.
+    Meant for inspection: it runs on the host, one weight at a time, with a singular value decomposition for σ.
 
     Args:
-      params: any pytree of weights: arrays, or stored ones such as a `PackedArray`, a `QuantizedArray` or a BCOO.
+      params: any pytree of weights: arrays, or stored weights such as a `PackedArray`, a `QuantizedArray` or a BCOO.
       where: the weights to show, as for `on_tree`; by default every floating-point array.
 
     Returns:
-      A `Summary`: `print` it, give it to rich, or read its `rows`. Attention and stacks of layers are read as such.
+      A `Summary`: `print` it, pass it to rich, or read its `rows`. Attention kernels and stacks of layers are
+      recognized by the other weights of their module and read as such.
 
     Raises:
-      ValueError: `where` selects nothing, or there is nothing to show.
+      ValueError: `where` selects nothing, or the tree has no floating-point array.
 
     >>> import jax.numpy as jnp
     >>> import jaxweights as jw
@@ -139,24 +140,27 @@ def summarize(params: Any, where: Where | None = None) -> Summary:
     return Summary(tuple(rows))
 
 
-def _row(path: str, w: np.ndarray, form: str, size: int, axes: Axes | None) -> WeightSummary:
+def _row(path: str, w: np.ndarray, form: str, n_bytes: int, axes: Axes | None) -> WeightSummary:
     w = w.astype(np.promote_types(w.dtype, np.float32) if w.dtype.kind == "f" else np.float32)
     matrix = np.asarray(axes_or_default(axes, w.ndim).matrix(w))
     sigma = np.linalg.norm(matrix, 2, (-2, -1)).max(initial=0) if w.size and np.isfinite(w).all() else w.sum()
     density = int(np.count_nonzero(w)) / max(w.size, 1)
     values, norm = np.unique(w).size, float(np.linalg.norm(w.astype(np.float64)))
-    return WeightSummary(path, w.shape, form, size, density, _pattern(matrix != 0), values, float(sigma), norm)
+    return WeightSummary(path, w.shape, form, n_bytes, density, _pattern(matrix != 0), values, float(sigma), norm)
 
 
 def _pattern(kept: np.ndarray) -> str | None:
+    """The `pattern` of `WeightSummary`, of a boolean matrix or a stack of them."""
     *_, rows, columns = kept.shape
-    found = []
+    tightest, pattern = 1.0, None
     for m in (2, 4, 8, 16):
-        if rows % m == 0 and kept.any():
-            n = int(kept.reshape(-1, m, columns).sum(1).max())
-            full = kept.sum() >= 0.9 * n / m * kept.size
-            found += [(n / m, f"{n}:{m}")] if 2 * n <= m and full else []
-    return min(found, key=lambda pair: pair[0])[1] if found else None
+        if rows % m or not kept.any():
+            continue
+        n = int(kept.reshape(-1, m, columns).sum(1).max())
+        explains_density = 2 * n <= m and kept.sum() >= 0.9 * n / m * kept.size
+        if explains_density and n / m < tightest:
+            tightest, pattern = n / m, f"{n}:{m}"
+    return pattern
 
 
 def _every_weight(path: str, w: Any) -> bool:

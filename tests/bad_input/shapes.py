@@ -32,9 +32,9 @@ CASES = [
     ("norm of the outputs", lambda w: jw.wanda_mask(w, w[0], 0.5), V, "norm must have shape (4,)"),
     ("second moment of the outputs", lambda w: jw.sparsegpt(w, w.T @ w, 0.5), V, "must have shape (4, 4)"),
     ("second moment of a stack", lambda w: jw.reconstruct(w, w > 0, (w @ w.T)[None]), V, "from what capture returns"),
-    ("mask to repair by floats", lambda w: jw.reconstruct(w, w, w @ w.T), T, "compare w with 0"),
+    ("reconstruct with a mask of floats", lambda w: jw.reconstruct(w, w, w @ w.T), T, "compare w with 0"),
     (
-        "mask to repair by shape",
+        "reconstruct with a mask of a row",
         lambda w: jw.reconstruct(w, w[0] > 0, w @ w.T),
         V,
         "mask must have the shape (4, 6) of w",
@@ -87,9 +87,9 @@ CASES = [
         "pack 2:3",
         lambda w: jw.sparse.pack(w, sparsity=(2, 3)),
         V,
-        "the 4 inputs of w (4, 6) are no multiple of m=3: pad w",
+        "the 4 inputs of w (4, 6) are not a multiple of m=3: pad w",
     ),
-    ("pack scalar", lambda w: jw.sparse.pack(w[0, 0]), V, "are no multiple of m=4"),
+    ("pack scalar", lambda w: jw.sparse.pack(w[0, 0]), V, "are not a multiple of m=4"),
     ("pack axes", lambda w: jw.sparse.pack(w, axes=0), T, WRITE_AXES),
     ("pack_blocks of 3", lambda w: jw.sparse.pack_blocks(w, block=(3, 3)), V, "must divide the matrix (4, 6)"),
     ("pack_blocks batch", lambda w: jw.sparse.pack_blocks(w[None], axes=jw.Axes(batch=0)), V, "under jax.vmap"),
@@ -100,7 +100,7 @@ CASES = [
     # Norms.
     ("mean without var", lambda w: jw.batch_norm(w, mean=w[0]), V, "give mean and var together, or neither"),
     ("var without mean", lambda w: jw.batch_norm(w, var=w[0]), V, "give mean and var together, or neither"),
-    ("mean and where", lambda w: jw.batch_norm(w, mean=w[0], var=w[0], where=w > 0), V, "leave them out where"),
+    ("mean and where", lambda w: jw.batch_norm(w, mean=w[0], var=w[0], where=w > 0), V, "leave them out if"),
     ("where floats", lambda w: jw.batch_norm(w, where=w), T, "compare it with a number"),
     ("where list", lambda w: jw.batch_stats(w, where=[True]), T, "compare it with a number"),
     ("where shape", lambda w: jw.batch_norm(w, where=w[:, 0] > 0), V, "add axes with [..., None]"),
@@ -128,7 +128,7 @@ CASES = [
     ("ghosts of 0", lambda w: jw.batch_stats(w, ghost_size=0), V, "ghost_size must be at least 1"),
     ("ghosts of a vector", lambda w: jw.batch_norm(w[0], ghost_size=2), V, "must divide the first axis"),
     ("ghosts and devices", lambda w: jw.batch_stats(w, ghost_size=2, axis_name="d"), V, "give one of them"),
-    ("ghosts and mean", lambda w: jw.batch_norm(w, mean=w[0], var=w[0], ghost_size=2), V, "leave them out where"),
+    ("ghosts and mean", lambda w: jw.batch_norm(w, mean=w[0], var=w[0], ghost_size=2), V, "leave them out if"),
     (
         "renorm r_max",
         lambda w: jw.batch_renorm(w, mean=w[0], var=w[0], r_max=0.5, d_max=0.0),
@@ -191,4 +191,6 @@ CASES = [
     ("schedule of vectors", lambda w: jw.ClipWeights(lambda s: w[0]).init(w, KEY), V, SCALAR),
     ("schedule of None", lambda w: jw.Sparsify(lambda s: None).init(w, KEY), T, "value of the schedule threshold"),
     ("no apply", lambda w: Transform().apply(w, {}), T, "a transform is at least apply(w, state)"),
+    ("no init_all", lambda w: jw.JointTransform().init(w, KEY), T, "defines no init_all"),
+    ("no update_all", lambda w: jw.JointTransform().update(w, {}), T, "defines no update_all"),
 ]

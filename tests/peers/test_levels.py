@@ -1,5 +1,7 @@
 """What the README says of Flax, optax and torch is so, and ours does better: each claim of the comparison, run."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,17 +34,27 @@ def test_evaluation_overwrites_the_kernel_in_flax_and_not_here():
 def test_attention_is_normalised_by_its_operator_here():
     x = jnp.ones((1, 5, 64))
     module = nn.MultiHeadDotProductAttention(num_heads=4)
-    flax = nn.SpectralNorm(module, n_steps=50)
-    variables = flax.init(KEY, x, update_stats=False)
-    _, moved = flax.apply(variables, x, update_stats=True, mutable=["batch_stats"])
-    kernel = variables["params"]["layer_instance"]["query"]["kernel"]
+    flax = nn.SpectralNorm(module)
+
+    @jax.jit
+    def run(x):
+        variables = flax.init(KEY, x, update_stats=False)
+
+        def step(stats, _):
+            new = {**variables, "batch_stats": stats}
+            return flax.apply(new, x, update_stats=True, mutable=["batch_stats"])[1]["batch_stats"], None
+
+        stats, _ = jax.lax.scan(step, variables["batch_stats"], length=50)
+        return stats, {"attention": variables["params"]["layer_instance"]}
+
+    stats, params = run(x)
+    kernel = params["attention"]["query"]["kernel"]
     true = sigma(kernel.reshape(64, 64))
-    (theirs,) = (v for k, v in moved["batch_stats"].items() if "query/kernel/sigma" in k)
+    (theirs,) = (v for k, v in stats.items() if "query/kernel/sigma" in k)
     assert abs(float(theirs) / true - 1) > 0.03
     assert float(jw.spectral_norm(kernel, axes=jw.axes.ATTENTION_IN)) == pytest.approx(true, rel=1e-5)
-    lifted = jw.on_tree(jw.SpectralNorm(n_steps=200), where="**/kernel")
-    params = {"attention": variables["params"]["layer_instance"]}
-    new = lifted.apply(params, lifted.update(params, lifted.init(params, KEY)))
+    lifted = jw.on_tree(jw.SpectralNorm(n_steps=200), where="**/query/kernel")
+    new = jax.jit(lambda p: lifted.apply(p, lifted.update(p, lifted.init(p, KEY))))(params)
     assert sigma(new["attention"]["query"]["kernel"].reshape(64, 64)) == pytest.approx(1, abs=1e-3)
 
 
@@ -55,7 +67,8 @@ def test_a_zero_kernel_comes_back_to_life_here():
         ),
     ):
         ours = isinstance(layer, jw.linen.Transformed)
-        variables = layer.init(KEY, X) if ours else layer.init(KEY, X, update_stats=False)
+        step = jax.jit(functools.partial(step, layer))
+        variables = jax.jit(lambda x: layer.init(KEY, x, **({} if ours else {"update_stats": False})))(X)  # noqa: B023
         kernel = jax.random.normal(KEY, (64, 32))
 
         def put(value, variables=variables, ours=ours):
@@ -63,27 +76,16 @@ def test_a_zero_kernel_comes_back_to_life_here():
             scope["kernel"] = value
 
         put(jnp.zeros((64, 32)))
-        variables.update(step(layer, variables))
+        variables.update(step(variables))
         put(kernel)
         for _ in range(100):
-            variables.update(step(layer, variables))
+            variables.update(step(variables))
         if ours:
             estimate = sigma(kernel) / sigma(jw.linen.fold(layer, variables)["params"]["kernel"])
             assert estimate == pytest.approx(sigma(kernel), rel=1e-3)
         else:
             (u,) = (v for k, v in variables["batch_stats"].items() if k.endswith("kernel/u"))
             assert not np.any(u)
-
-
-@pytest.mark.parametrize("mean", [1e3, 1e4])
-def test_layer_norm_keeps_its_digits_at_a_large_mean_here(mean):
-    x = (np.random.default_rng(0).normal(size=(256, 512)) + mean).astype(np.float32)
-    exact = x.astype(np.float64)
-    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
-    ours = np.abs(np.asarray(jw.layer_norm(x)) - exact).max()
-    module = nn.LayerNorm()
-    flax = np.abs(np.asarray(module.apply(module.init(KEY, x), x)) - exact).max()
-    assert ours < 2e-3 < 0.1 < flax
 
 
 def test_a_constraint_in_a_chain_holds_wherever_it_can_here():

@@ -18,19 +18,34 @@ def sigma(w):
 
 def flax_stats(module, x, n_steps=100):
     """{path: σ} that Flax finds, and the parameters of the module."""
-    wrapped = nn.SpectralNorm(module, n_steps=n_steps)
-    variables = wrapped.init(KEY, x, update_stats=False)
-    _, moved = wrapped.apply(variables, x, update_stats=True, mutable=["batch_stats"])
-    found = {name: value for name, value in moved["batch_stats"].items() if name.endswith("sigma")}
-    return found, variables["params"]["layer_instance"]
+    wrapped = nn.SpectralNorm(module, n_steps=1)
+
+    @jax.jit
+    def run(x):
+        variables = wrapped.init(KEY, x, update_stats=False)
+
+        def step(stats, _):
+            new = {**variables, "batch_stats": stats}
+            return wrapped.apply(new, x, update_stats=True, mutable=["batch_stats"])[1]["batch_stats"], None
+
+        stats, _ = jax.lax.scan(step, variables["batch_stats"], length=n_steps)
+        return stats, variables["params"]["layer_instance"]
+
+    stats, params = run(x)
+    return {name: value for name, value in stats.items() if name.endswith("sigma")}, params
 
 
 def folded(module, x, params):
     """The weights that ours makes of those parameters."""
     wrapped = jw.linen.Transformed(module, jw.SpectralNorm(n_steps=100))
-    variables = {**wrapped.init(KEY, x), "params": params}
-    _, moved = wrapped.apply(variables, x, mutable=["weight_transform"])
-    return jw.linen.fold(wrapped, {**variables, **moved})["params"]
+
+    @jax.jit
+    def run(x, params):
+        variables = {**wrapped.init(KEY, x), "params": params}
+        _, moved = wrapped.apply(variables, x, mutable=["weight_transform"])
+        return jw.linen.fold(wrapped, {**variables, **moved})["params"]
+
+    return run(x, params)
 
 
 def test_the_biases_of_attention_are_matrices_to_flax():
@@ -51,7 +66,7 @@ def test_a_transposed_convolution_is_read_by_its_inputs_and_outputs():
     true = sigma(jnp.swapaxes(kernel, 2, 3).reshape(-1, 4))
     assert abs(float(next(iter(theirs.values()))) / true - 1) > 0.02
     t = jw.SpectralNorm(n_steps=100, axes=jw.axes.CONV_TRANSPOSE_KERNEL)
-    new = t.apply(kernel, t.init(kernel, KEY))
+    new = jax.jit(lambda w: t.apply(w, t.init(w, KEY)))(kernel)
     assert sigma(jnp.swapaxes(new, 2, 3).reshape(-1, 4)) == pytest.approx(1, abs=1e-4)
 
 

@@ -45,9 +45,9 @@ def test_gradient_with_the_corrections_held():
 
     with enable_x64(True):
         args = tuple(map(jnp.asarray, (X, SCALE, BIAS)))
-        check_grads(held, args, order=1, rtol=1e-6)
+        check_grads(jax.jit(held), args, order=1, rtol=1e-6)
         cotangent = jnp.asarray(rng.normal(size=X.shape))
-        expected, found = (jax.vjp(f, *args)[1](cotangent) for f in (held, ours))
+        expected, found = jax.jit(lambda *args: [jax.vjp(f, *args)[1](cotangent) for f in (held, ours)])(*args)
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
@@ -55,16 +55,22 @@ def test_gradient_with_the_corrections_held():
 def test_between_training_and_evaluation():
     x = jnp.float32(X)
     given = {"mean": jnp.float32(MEAN), "var": jnp.float32(VAR)}
-    np.testing.assert_array_equal(jw.batch_renorm(x, r_max=1.0, d_max=0.0, **given), jw.batch_norm(x))
-    free = jw.batch_renorm(x, r_max=1e6, d_max=1e6, **given)
-    np.testing.assert_allclose(free, jw.batch_norm(x, **given), rtol=1e-4, atol=1e-5)
+
+    @jax.jit
+    def run(x):
+        renormalized = [jw.batch_renorm(x, r_max=r, d_max=d, **given) for r, d in ((1.0, 0.0), (1e6, 1e6))]
+        return renormalized, [jw.batch_norm(x), jw.batch_norm(x, **given)]
+
+    (training, free), (of_batch, of_running) = run(x)
+    np.testing.assert_array_equal(training, of_batch)
+    np.testing.assert_allclose(free, of_running, rtol=1e-4, atol=1e-5)
 
 
 def test_linen_and_nnx_agree_and_the_limits_may_grow():
     x = jnp.float32(X)
     linen = jw.linen.BatchNorm(use_running_average=False, momentum=0.5, renorm=(1.0, 0.0))
     nnx = jw.nnx.BatchNorm(4, momentum=0.5, renorm=(1.0, 0.0))
-    variables = linen.init(jax.random.key(0), x)
+    variables = jax.jit(linen.init)(jax.random.key(0), x)
     step = jax.jit(lambda v, x, limits: linen.apply(v, x, renorm=limits, mutable=["batch_stats"]))
     running = (jnp.zeros(4), jnp.ones(4))
     for i, limits in enumerate([(1.0, 0.0), (2.0, 2.5), (3.0, 5.0)]):

@@ -58,8 +58,13 @@ def test_merged_parts_are_one_big_batch_whatever_the_split_and_the_order(seed, c
 
 def test_merging_keeps_the_digits_of_float32_at_a_large_mean():
     x = np.float32(np.random.default_rng(0).normal(size=(4096, FEATURES)) + 1e4)
-    parts = jax.vmap(jw.batch_stats)(jnp.asarray(x).reshape(64, 64, FEATURES))
-    merged = jax.tree.map(lambda s: s[-1], jax.lax.associative_scan(jw.merge_stats, parts))
+
+    @jax.jit
+    def run(x):
+        parts = jax.vmap(jw.batch_stats)(x.reshape(64, 64, FEATURES))
+        return jax.tree.map(lambda s: s[-1], jax.lax.associative_scan(jw.merge_stats, parts))
+
+    merged = run(x)
     mean, var, count = oracle(x, np.ones((4096, 1), bool))
     np.testing.assert_allclose(merged[0], mean, rtol=2e-7)
     np.testing.assert_allclose(merged[1], var, rtol=2e-3)
@@ -86,7 +91,7 @@ def test_devices_are_one_big_batch(level, kind, kept):
     x = np.float32(x)
     a, w = jnp.asarray(x), jnp.asarray(where)
     if level == "vmap":
-        f = jax.vmap(lambda x, w: jw.batch_stats(x, where=w, axis_name="d"), axis_name="d")
+        f = jax.jit(jax.vmap(lambda x, w: jw.batch_stats(x, where=w, axis_name="d"), axis_name="d"))
         stats = f(a.reshape(8, 4, FEATURES), w.reshape(8, 4, 1))
         for s in stats:
             np.testing.assert_array_equal(s, jnp.broadcast_to(s[:1], s.shape))
@@ -124,10 +129,11 @@ def test_unmasked_batches_of_devices_merge_too():
 def test_ghost_batches_are_batches_of_their_own():
     x, where = masked_batch(2, 12, 0.7)
     x, where = np.float32(x).reshape(12, 1, FEATURES), where.reshape(12, 1, 1)
-    each = [jw.batch_norm(jnp.asarray(x[i : i + 4]), where=jnp.asarray(where[i : i + 4])) for i in (0, 4, 8)]
-    whole = jw.batch_norm(jnp.asarray(x), where=jnp.asarray(where), ghost_size=4)
+    norm = jax.jit(lambda x, where: jw.batch_norm(x, where=where))
+    each = [norm(x[i : i + 4], where[i : i + 4]) for i in (0, 4, 8)]
+    ghosts = {"where": where, "ghost_size": 4}
+    whole, stats = jax.jit(lambda x: (jw.batch_norm(x, **ghosts), jw.batch_stats(x, **ghosts)))(x)
     np.testing.assert_allclose(whole, np.concatenate(each), rtol=1e-5, atol=1e-5)
-    stats = jw.batch_stats(jnp.asarray(x), where=jnp.asarray(where), ghost_size=4)
     for i in range(3):
         part = slice(4 * i, 4 * i + 4)
         check([s[i] for s in stats], oracle(x[part, 0], where[part, 0]), 2e-6)
@@ -160,9 +166,10 @@ def test_the_convention_of_flax(momentum):
     options = {"use_running_average": False} | ({} if momentum is None else {"momentum": momentum})
     flax, ours = nn.BatchNorm(**options), jw.linen.BatchNorm(**options, convention="flax")
     variables = theirs = flax.init(jax.random.key(0), batches()[0])
+    step = jax.jit(lambda module, v, x: module.apply(v, x, mutable=["batch_stats"]), static_argnums=0)
     for x in batches():
-        y, new = ours.apply(variables, x, mutable=["batch_stats"])
-        expected, flaxs = flax.apply(theirs, x, mutable=["batch_stats"])
+        y, new = step(ours, variables, x)
+        expected, flaxs = step(flax, theirs, x)
         np.testing.assert_allclose(y, expected, atol=2e-5)
         variables, theirs = {**variables, **new}, {**theirs, **flaxs}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), variables, theirs)
@@ -215,8 +222,8 @@ def test_one_entry_moves_the_mean_alone_in_torchs_convention():
 def test_a_batch_in_which_nothing_counts_changes_no_statistics(convention, options):
     x, mask = jnp.full((4, FEATURES), 7.0), jnp.zeros((4, 1), bool)
     linen = jw.linen.BatchNorm(use_running_average=False, convention=convention, **options)
-    variables = linen.init(jax.random.key(0), x)
-    y, new = linen.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    variables = jax.jit(linen.init)(jax.random.key(0), x)
+    y, new = jax.jit(lambda v, x: linen.apply(v, x, mask=mask, mutable=["batch_stats"]))(variables, x)
     jax.tree.map(np.testing.assert_array_equal, new["batch_stats"], variables["batch_stats"])
     norm = jw.nnx.BatchNorm(FEATURES, convention=convention, **options)
     np.testing.assert_allclose(norm(x, mask=mask), y, rtol=1e-6)

@@ -29,14 +29,21 @@ READINGS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "axes", "matrices"), READINGS, ids=lambda x: str(x) if isinstance(x, tuple) else "")
-def test_orthogonal(shape, axes, matrices):
-    m = matrices(np.float64(init.orthogonal(KEY, shape, axes=axes, gain=3.0))) / 3
-    m = m if m.shape[-2] >= m.shape[-1] else m.swapaxes(-1, -2)
-    gram = m.swapaxes(-1, -2) @ m
-    np.testing.assert_allclose(gram, np.broadcast_to(np.eye(gram.shape[-1]), gram.shape), atol=1e-5)
-    if m.ndim == 3:
-        assert np.abs(m[0] - m[1]).max() > 0.1  # each is drawn for itself
+def drawn(f, cases):
+    """f(shape, axes) of each case, by one program."""
+    return jax.jit(lambda: [f(shape, axes) for shape, axes, *_ in cases])()
+
+
+def test_orthogonal():
+    weights = drawn(lambda shape, axes: init.orthogonal(KEY, shape, axes=axes, gain=3.0), READINGS)
+    for w, (shape, _, matrices) in zip(weights, READINGS, strict=True):
+        m = matrices(np.float64(w)) / 3
+        m = m if m.shape[-2] >= m.shape[-1] else m.swapaxes(-1, -2)
+        gram = m.swapaxes(-1, -2) @ m
+        goal = np.broadcast_to(np.eye(gram.shape[-1]), gram.shape)
+        np.testing.assert_allclose(gram, goal, atol=1e-5, err_msg=f"{shape}")
+        if m.ndim == 3:
+            assert np.abs(m[0] - m[1]).max() > 0.1, shape  # each is drawn for itself
 
 
 def test_orthogonal_is_uniform():
@@ -59,70 +66,70 @@ def test_orthogonal_is_uniform():
     assert within(np.sign(np.linalg.det(q)), 0, 1)
 
 
-def circular(w, x, groups=1):
-    """The convolution with circular padding that "SAME" has with zeros."""
-    window = w.shape[:-2]
-    pads = [(0, 0), *(((k - 1) // 2, k // 2) for k in window), (0, 0)]
-    spatial = "XYZ"[: len(window)]
+def convolve(w, x, groups, padding):
+    """The convolution with zeros around the image, "SAME", or the image itself, "CIRCULAR"."""
+    spatial = "XYZ"[: w.ndim - 2]
+    if padding == "CIRCULAR":
+        pads = [(0, 0), *(((k - 1) // 2, k // 2) for k in w.shape[:-2]), (0, 0)]
+        x, padding = jnp.pad(x, pads, mode="wrap"), "VALID"
     numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-    x = jnp.pad(x, pads, mode="wrap")
     return jax.lax.conv_general_dilated(
-        x, w, (1,) * len(window), "VALID", dimension_numbers=numbers, feature_group_count=groups
+        x, w, (1,) * len(spatial), padding, dimension_numbers=numbers, feature_group_count=groups
     )
+
+
+def convolved(f, cases, paddings):
+    """Random images, and those by each padding after a convolution with the kernel f(shape, axes), by one program."""
+
+    def run(shape, groups):
+        x = jax.random.normal(KEY, (3, *(6,) * (len(shape) - 2), shape[-2] * groups))
+        w = f(shape, depthwise(groups) if groups > 1 else None)
+        return x, [convolve(w, x, groups, padding) for padding in paddings]
+
+    return jax.jit(lambda: [run(*case) for case in cases])()
 
 
 CONVOLUTIONS = [((3, 3, 4, 7), 1), ((4, 2, 5, 5), 1), ((5, 3, 6), 1), ((3, 3, 2, 6), 2), ((3, 3, 1, 4), 4)]
 
 
-@pytest.mark.parametrize(("shape", "groups"), CONVOLUTIONS)
-def test_delta_orthogonal_preserves_norms(shape, groups):
-    axes = depthwise(groups) if groups > 1 else None
-    w = init.delta_orthogonal(KEY, shape, axes=axes, gain=2.0)
-    x = jax.random.normal(KEY, (3, *(6,) * (len(shape) - 2), shape[-2] * groups))
-    y = circular(w, x, groups)
+def test_delta_orthogonal_preserves_norms():
+    kernel = lambda shape, axes: init.delta_orthogonal(KEY, shape, axes=axes, gain=2.0)
     norm = lambda a: np.linalg.norm(np.float64(a).reshape(3, -1), axis=1)
-    np.testing.assert_allclose(norm(y), 2 * norm(x), rtol=1e-5)
+    for case, (x, (y,)) in zip(CONVOLUTIONS, convolved(kernel, CONVOLUTIONS, ["CIRCULAR"]), strict=True):
+        np.testing.assert_allclose(norm(y), 2 * norm(x), rtol=1e-5, err_msg=f"{case}")
 
 
-@pytest.mark.parametrize(
-    ("shape", "groups"), [*CONVOLUTIONS, ((3, 3, 7, 4), 1), ((3, 3, 6, 4), 2), ((2, 2, 2, 3, 3), 1)]
-)
-@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
-def test_dirac_passes_its_input_on(shape, groups, padding):
-    w = init.dirac(KEY, shape, axes=depthwise(groups) if groups > 1 else None)
-    window, (n_in, n_out) = shape[:-2], shape[-2:]
-    x = jax.random.normal(KEY, (2, *(6,) * len(window), n_in * groups))
-    if padding == "SAME":
-        spatial = "XYZ"[: len(window)]
-        numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-        y = jax.lax.conv_general_dilated(
-            x, w, (1,) * len(window), padding, dimension_numbers=numbers, feature_group_count=groups
-        )
-    else:
-        y = circular(w, x, groups)
-    each = n_out // groups
-    kept = min(n_in, each)
-    for g in range(groups):
-        np.testing.assert_array_equal(y[..., g * each : g * each + kept], x[..., g * n_in : g * n_in + kept])
-        assert (y[..., g * each + kept : (g + 1) * each] == 0).all()
+def test_dirac_passes_its_input_on():
+    cases = [*CONVOLUTIONS, ((3, 3, 7, 4), 1), ((3, 3, 6, 4), 2), ((2, 2, 2, 3, 3), 1)]
+    found = convolved(lambda shape, axes: init.dirac(KEY, shape, axes=axes), cases, ["SAME", "CIRCULAR"])
+    for (shape, groups), (x, ys) in zip(cases, found, strict=True):
+        n_in, each = shape[-2], shape[-1] // groups
+        kept = min(n_in, each)
+        for y in map(np.asarray, ys):
+            for g in range(groups):
+                passed, rest = np.split(y[..., g * each : (g + 1) * each], [kept], axis=-1)
+                np.testing.assert_array_equal(passed, x[..., g * n_in : g * n_in + kept], err_msg=f"{shape}, {groups}")
+                assert (rest == 0).all(), (shape, groups)
 
 
-@pytest.mark.parametrize(("shape", "axes", "matrices"), READINGS, ids=lambda x: str(x) if isinstance(x, tuple) else "")
-def test_identity(shape, axes, matrices):
-    if shape[:2] in ((2, 3), (3, 3)):
-        with pytest.raises(ValueError, match="use dirac for a convolution"):
-            init.identity(KEY, shape, axes=axes)
-        return
-    m = matrices(np.asarray(init.identity(KEY, shape, axes=axes, gain=0.5)))
-    np.testing.assert_array_equal(m, np.broadcast_to(0.5 * np.eye(*m.shape[-2:]), m.shape))
+def test_identity():
+    dense = [r for r in READINGS if r[0][:2] not in ((2, 3), (3, 3))]
+    weights = drawn(lambda shape, axes: init.identity(KEY, shape, axes=axes, gain=0.5), dense)
+    for w, (shape, _, matrices) in zip(weights, dense, strict=True):
+        m = matrices(np.asarray(w))
+        goal = np.broadcast_to(0.5 * np.eye(*m.shape[-2:]), m.shape)
+        np.testing.assert_array_equal(m, goal, err_msg=f"{shape}")
+    for shape, axes, _ in READINGS:
+        if shape[:2] in ((2, 3), (3, 3)):
+            with pytest.raises(ValueError, match="use dirac for a convolution"):
+                init.identity(KEY, shape, axes=axes)
 
 
-@pytest.mark.parametrize(
-    ("shape", "axes", "matrices"), READINGS[::3], ids=lambda x: str(x) if isinstance(x, tuple) else ""
-)
-def test_sparse_has_as_many_zeros_in_every_unit(shape, axes, matrices):
-    m = matrices(np.asarray(init.sparse(KEY, shape, axes=axes, sparsity=0.7)))
-    assert (np.sum(m == 0, axis=-2) == math.floor(0.7 * m.shape[-2] + 0.5)).all()
+def test_sparse_has_as_many_zeros_in_every_unit():
+    weights = drawn(lambda shape, axes: init.sparse(KEY, shape, axes=axes, sparsity=0.7), READINGS[::3])
+    for w, (shape, _, matrices) in zip(weights, READINGS[::3], strict=True):
+        m = matrices(np.asarray(w))
+        assert (np.sum(m == 0, axis=-2) == math.floor(0.7 * m.shape[-2] + 0.5)).all(), shape
 
 
 def test_sparse_draws_the_places_and_the_values():
@@ -146,9 +153,10 @@ def test_sparse_at_its_ends(sparsity):
 
 
 @pytest.mark.parametrize("f", [init.orthogonal, init.identity, functools.partial(init.sparse, sparsity=0.5)])
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 0)])
-def test_empty_weights(f, shape):
-    assert f(KEY, shape, axes=Axes(batch=0) if len(shape) == 3 else None).shape == shape
+def test_empty_weights(f):
+    cases = [((0, 3), None), ((3, 0), None), ((2, 0, 0), STACK)]
+    weights = drawn(lambda shape, axes: f(KEY, shape, axes=axes), cases)
+    assert [w.shape for w in weights] == [shape for shape, _ in cases]
 
 
 def test_constants():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
-from jaxweights.techniques.sparsification.packed import packed_axis, packed_shape
+from jaxweights.techniques.sparsification.packed import packed_shape
 
 NORMAL = np.random.default_rng(0).normal
 STACK = jw.Axes(input=-2, output=-1, batch=0)
@@ -21,7 +21,7 @@ def rounded(x):
 
 
 def lowest(scores, zeros):
-    """False at so many lowest of a flat array, ties by index."""
+    """False at the `zeros` lowest scores of a flat array, ties by index."""
     mask = np.ones(len(scores), bool)
     mask[np.argsort(scores, kind="stable")[:zeros]] = False
     return mask
@@ -30,19 +30,20 @@ def lowest(scores, zeros):
 # keep_largest
 
 
-@pytest.mark.parametrize("sparsity", [0, 0.3, 0.5, 1.0])
-def test_scores_of_any_sign(sparsity):
-    scores = NORMAL(size=(7, 9)).round(1).astype(np.float32)
-    expected = lowest(scores.ravel(), rounded(63 * sparsity)).reshape(7, 9)
-    np.testing.assert_array_equal(jw.pruning.keep_largest(scores, sparsity), expected)
-    np.testing.assert_array_equal(jax.jit(jw.pruning.keep_largest)(scores, jnp.float32(sparsity)), expected)
+def test_scores_of_any_sign():
+    scores, sparsities = NORMAL(size=(7, 9)).round(1).astype(np.float32), (0, 0.3, 0.5, 1.0)
+    constant = jax.jit(lambda scores: [jw.pruning.keep_largest(scores, s) for s in sparsities])(scores)
+    traced = jax.jit(jw.pruning.keep_largest)
+    for mask, sparsity in zip(constant, sparsities, strict=True):
+        expected = lowest(scores.ravel(), rounded(63 * sparsity)).reshape(7, 9)
+        np.testing.assert_array_equal(mask, expected)
+        np.testing.assert_array_equal(traced(scores, jnp.float32(sparsity)), expected)
 
 
 def test_what_lies_outside_goes_first_and_counts():
     scores, within = np.float32([0, -np.inf, 5, 2, 3, 1]), np.array([True, True, False, True, False, True])
-    masks = [jw.pruning.keep_largest(scores, zeros / 6, within=within) for zeros in range(7)]
-    order = [2, 4, 1, 0, 5, 3]  # outside, by index; -inf within ties with them, by index too
-    order = sorted(range(6), key=lambda i: (scores[i] if within[i] else -np.inf, i))
+    masks = jax.jit(lambda: [jw.pruning.keep_largest(scores, zeros / 6, within=within) for zeros in range(7)])()
+    order = [1, 2, 4, 0, 5, 3]  # entry 1, -inf, ties with 2 and 4, which are outside
     for zeros, mask in enumerate(masks):
         assert set(np.flatnonzero(~np.asarray(mask))) == set(order[:zeros])
 
@@ -67,13 +68,14 @@ def test_each_layer_of_a_stack_has_its_own_count():
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (0, 4), (8, 8)])
-def test_n_of_m_along_the_contraction_axis(shape, axes, axis, n, m):
-    w = NORMAL(size=shape).round(1).astype(np.float32)
-    mask = np.moveaxis(np.asarray(jw.magnitude_mask(w, (n, m), axes=axes)), axis, -1)
-    groups = np.moveaxis(np.abs(w), axis, -1).reshape(-1, m)
-    expected = np.stack([lowest(group, m - n) for group in groups])
-    np.testing.assert_array_equal(mask.reshape(-1, m), expected)
+def test_n_of_m_along_the_contraction_axis(shape, axes, axis):
+    w, patterns = NORMAL(size=shape).round(1).astype(np.float32), ((2, 4), (1, 2), (0, 4), (8, 8))
+    masks = jax.jit(lambda w: [jw.magnitude_mask(w, pattern, axes=axes) for pattern in patterns])(w)
+    for mask, (n, m) in zip(masks, patterns, strict=True):
+        mask = np.moveaxis(np.asarray(mask), axis, -1)
+        groups = np.moveaxis(np.abs(w), axis, -1).reshape(-1, m)
+        expected = np.stack([lowest(group, m - n) for group in groups])
+        np.testing.assert_array_equal(mask.reshape(-1, m), expected, err_msg=f"{n}:{m}")
 
 
 def tiles(shape, sizes):
@@ -101,14 +103,15 @@ STRUCTURES = [
 
 
 @pytest.mark.parametrize(("structure", "shape", "axes", "sizes"), STRUCTURES, ids=str)
-@pytest.mark.parametrize("sparsity", [0.3, 0.5])
-def test_structures_keep_the_tiles_of_largest_norm(structure, shape, axes, sizes, sparsity):
+def test_structures_keep_the_tiles_of_largest_norm(structure, shape, axes, sizes):
     w = NORMAL(size=shape)
     norms = np.array([np.linalg.norm(w[where]) for where in tiles(shape, sizes)])
-    kept = lowest(norms, rounded(len(norms) * sparsity))
-    mask = np.asarray(jw.magnitude_mask(np.float32(w), sparsity, structure=structure, axes=axes))
-    for where, expected in zip(tiles(shape, sizes), kept, strict=True):
-        assert (mask[where] == expected).all()
+    of_sparsity = jax.jit(lambda w, sparsity: jw.magnitude_mask(w, sparsity, structure=structure, axes=axes))
+    for sparsity in (0.3, 0.5):
+        mask = np.asarray(of_sparsity(np.float32(w), sparsity))
+        kept = lowest(norms, rounded(len(norms) * sparsity))
+        for where, expected in zip(tiles(shape, sizes), kept, strict=True):
+            assert (mask[where] == expected).all(), (sparsity, where)
 
 
 def test_n_of_m_blocks():
@@ -129,20 +132,25 @@ SCORES = {p: np.abs(w) for p, w in WEIGHTS.items()}
 TOTAL = sum(w.size for w in WEIGHTS.values())
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77, 0.99, 1.0])
-def test_global_is_one_argsort_of_all_weights(sparsity):
-    masks = jw.pruning.Global().masks(SCORES, sparsity)
+def test_global_is_one_argsort_of_all_weights():
+    @jax.jit
+    def of_sparsity(sparsity):
+        masks = jw.pruning.Global().masks(SCORES, sparsity)
+        assert list(masks) == list(SCORES)
+        return masks
+
     order = sorted(SCORES)
-    expected = lowest(np.concatenate([SCORES[p].ravel() for p in order]), rounded(sparsity * TOTAL))
-    np.testing.assert_array_equal(np.concatenate([np.ravel(masks[p]) for p in order]), expected)
-    assert list(masks) == list(SCORES)
+    for sparsity in (0.0, 0.1, 0.5, 0.77, 0.99, 1.0):
+        masks = of_sparsity(sparsity)
+        expected = lowest(np.concatenate([SCORES[p].ravel() for p in order]), rounded(sparsity * TOTAL))
+        found = np.concatenate([np.ravel(masks[p]) for p in order])
+        np.testing.assert_array_equal(found, expected, err_msg=f"{sparsity}")
 
 
 def test_global_units():
     scores = {"a": NORMAL(size=(5, 8)), "b": 3 * NORMAL(size=(7, 4))}
-    masks = jw.pruning.Global().masks(
-        {p: np.float32(s) for p, s in scores.items()}, 0.5, structure=jw.pruning.OutputUnits()
-    )
+    of_scores = lambda scores: jw.pruning.Global().masks(scores, 0.5, structure=jw.pruning.OutputUnits())
+    masks = jax.jit(of_scores)({p: np.float32(s) for p, s in scores.items()})
     norms = np.concatenate([np.linalg.norm(s, axis=0) for s in scores.values()])
     expected = lowest(norms, 6)
     np.testing.assert_array_equal(np.concatenate([masks["a"][0], masks["b"][0]]), expected)
@@ -150,7 +158,7 @@ def test_global_units():
 
 
 def erdos_renyi(sizes, dims, keep):
-    """The densities, by the published rule: those above 1 are made 1, until there are none."""
+    """The densities by the published rule: those above 1 are set to 1 until there are none."""
     dense = set()
     while True:
         rest = [i for i in range(len(sizes)) if i not in dense]
@@ -174,18 +182,21 @@ def test_erdos_renyi_densities_and_exact_total(traced):
         assert sum(int((~m).sum()) for m in masks.values()) == zeros
         densities = erdos_renyi(sizes, [dims[p] for p, _ in layers], TOTAL - zeros)
         for (path, i), size, density in zip(layers, sizes, densities, strict=True):
-            layer = lambda a, p=path, i=i: np.asarray(a[p])[i] if p == "stack/kernel" else np.asarray(a[p])
-            kept = int(layer(masks).sum())
+            mask, scores = (np.asarray(a[path]).reshape(-1, size)[i] for a in (masks, SCORES))
+            kept = int(mask.sum())
             assert abs(kept - density * size) <= 1.5, (path, kept, density * size)
-            np.testing.assert_array_equal(layer(masks).ravel(), lowest(layer(SCORES).ravel(), size - kept))
+            np.testing.assert_array_equal(mask, lowest(scores, size - kept))
 
 
 def test_a_thousand_layers_compile_as_one():
     """The number of operations does not grow with the number of layers that one stack holds."""
-    shape = lambda n: {"stack": jax.ShapeDtypeStruct((n, 8, 8), jnp.float32)}
-    run = lambda s: jw.pruning.ErdosRenyi().masks(s, 0.5, axes={"stack": STACK})
-    lines = [len(jax.jit(run).lower(shape(n)).as_text().splitlines()) for n in (10, 1000)]
-    assert lines[0] == lines[1]
+
+    def n_lines(n_layers):
+        scores = {"stack": jax.ShapeDtypeStruct((n_layers, 8, 8), jnp.float32)}
+        masks = jax.jit(lambda s: jw.pruning.ErdosRenyi().masks(s, 0.5, axes={"stack": STACK}))
+        return len(masks.lower(scores).as_text().splitlines())
+
+    assert n_lines(10) == n_lines(1000)
 
 
 # Packed masks
@@ -199,13 +210,49 @@ def test_packing(shape):
     packed = jax.jit(jw.sparse.pack_mask)(mask)
     assert packed.dtype == jnp.uint8 and packed.shape == packed_shape(shape)
     np.testing.assert_array_equal(jw.sparse.unpack_mask(packed, shape), mask)
-    if mask.ndim:
-        expected = np.packbits(mask, axis=packed_axis(shape), bitorder="little")
-        np.testing.assert_array_equal(packed, expected)
     batch = jnp.stack([mask, ~mask])
     np.testing.assert_array_equal(
         jax.vmap(lambda m: jw.sparse.unpack_mask(jw.sparse.pack_mask(m), shape))(batch), batch
     )
+
+
+FORMAT_1 = {  # shape: (the packed axis, the bytes)
+    (11,): (0, [205, 3]),
+    (8, 9): (0, [[1, 2, 4, 8, 16, 32, 64, 128, 0]]),  # not the last axis, although it is longer
+    (16, 3): (0, [[1, 2, 4], [8, 16, 255]]),
+    (8, 8): (0, [[0, 1, 3, 7, 15, 31, 63, 127]]),
+    (3, 16): (1, [[13, 1], [0, 128], [85, 170]]),
+    (3, 20): (1, [[255, 0, 15], [170, 85, 10], [1, 2, 4]]),  # no multiple of 8: the longest axis
+    (9, 5): (0, [[1, 2, 4, 8, 16], [1, 0, 1, 0, 1]]),
+    (1, 10, 10): (1, [[[9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [3, 2, 1, 0, 3, 2, 1, 0, 3, 2]]]),  # a tie: the first
+    (8, 16, 2): (1, 8 * [[[1, 200], [30, 4]]]),  # two multiples of 8: the longest
+    (16, 2, 3): (0, [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]),  # attention, query
+    (2, 8, 3): (1, [[[250, 251, 252]], [[1, 0, 77]]]),  # attention, out
+    (2, 1, 8, 3): (2, [[[[1, 2, 3]]], [[[4, 5, 254]]]]),  # convolution
+    (1, 2, 3, 10): (3, [[[[1, 2], [3, 1], [5, 0]], [[7, 3], [9, 2], [255, 3]]]]),
+}
+"""The layout that `pack_mask` documents, written down. A change of it makes old checkpoints unreadable."""
+
+
+@pytest.mark.parametrize("shape", FORMAT_1, ids=str)
+def test_bytes_of_format_1_are_read_and_written(shape):
+    axis, written = FORMAT_1[shape]
+    packed = np.array(written, np.uint8)
+    mask = np.unpackbits(packed, axis=axis, count=shape[axis], bitorder="little").astype(bool)
+    assert mask.shape == shape
+    np.testing.assert_array_equal(jw.sparse.unpack_mask(packed, shape), mask)
+    np.testing.assert_array_equal(jw.sparse.pack_mask(mask), packed)
+
+
+def test_masks_of_format_1_entry_by_entry():
+    rows = ["10", "01", "11", "00", "00", "00", "00", "10", "11", "00", "00", "00", "00", "00", "00", "01"]
+    mask = np.array([[c == "1" for c in row] for row in rows])
+    np.testing.assert_array_equal(jw.sparse.unpack_mask(np.uint8([[133, 6], [1, 129]]), (16, 2)), mask)
+    row = np.array([[c == "1" for c in "101100001"]])
+    np.testing.assert_array_equal(jw.sparse.unpack_mask(np.uint8([[13, 1]]), (1, 9)), row)
+    for value in (0, 1):
+        assert jw.sparse.unpack_mask(np.uint8(value), ()) == bool(value)
+        assert jw.sparse.pack_mask(jnp.bool_(value)) == np.uint8(value)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])

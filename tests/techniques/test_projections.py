@@ -22,7 +22,10 @@ READINGS = [
     ((2, 3, 4), ATTENTION_OUT, (0, 1)),
     ((6, 4, 3), DENSE.stacked(), (1,)),
 ]
-vectors = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=12).map(np.float32)
+# Of few lengths, each of which is compiled once.
+vectors = st.sampled_from([1, 2, 3, 7, 12]).flatmap(
+    lambda n: st.lists(st.floats(-1e6, 1e6, width=32), min_size=n, max_size=n).map(np.float32)
+)
 
 
 def normal(*shape, seed=0):
@@ -58,14 +61,14 @@ def l1_ball(v, radius):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("low", "high"), [(0.0, np.inf), (-np.inf, -0.3), (0.1, 0.7), (-1, 0.25), (0.5, 0.5)])
-@pytest.mark.parametrize("shape", [(), (30, 4), (0, 3)])
-def test_clip_range(dtype, low, high, shape):
-    w = jnp.asarray(normal(*shape), dtype)
-    out = jw.projections.clip_range(w, low, high)
-    assert out.dtype == dtype and out.shape == shape
-    low, high = (np.float64(np.asarray(limit).astype(dtype)) for limit in (low, high))
-    np.testing.assert_array_equal(np.float64(out), np.clip(np.float64(w), low, high))
+def test_clip_range(dtype):
+    weights = [jnp.asarray(normal(*shape), dtype) for shape in ((), (30, 4), (0, 3))]
+    run = jax.jit(lambda weights, low, high: [jw.projections.clip_range(w, low, high) for w in weights])
+    for low, high in [(0.0, np.inf), (-np.inf, -0.3), (0.1, 0.7), (-1, 0.25), (0.5, 0.5)]:
+        rounded = [np.float64(np.asarray(limit).astype(dtype)) for limit in (low, high)]
+        for w, out in zip(weights, run(weights, low, high), strict=True):
+            assert out.dtype == dtype and out.shape == w.shape
+            np.testing.assert_array_equal(np.float64(out), np.clip(np.float64(w), *rounded))
 
 
 def test_clip_range_of_what_is_no_number_and_its_gradient():
@@ -79,24 +82,19 @@ def test_clip_range_of_what_is_no_number_and_its_gradient():
 # bound_norm
 
 
-@pytest.mark.parametrize(("shape", "axes", "over"), READINGS)
-@pytest.mark.parametrize(
-    ("dtype", "low", "high", "rate"),
-    [
-        (jnp.float32, 1.0, 2.0, 1.0),
-        (jnp.bfloat16, 1.0, 1.0, 1.0),
-        (jnp.float16, 0.0, 1.5, 0.25),
-        (jnp.float32, 3, 4, 0.5),
-    ],
-)
-def test_bound_norm(shape, axes, over, dtype, low, high, rate):
-    w = jnp.asarray(normal(*shape), dtype)
-    out = jw.projections.bound_norm(w, low, high, rate=rate, axes=axes)
-    assert out.dtype == dtype and out.shape == shape
-    exact = np.float64(w)
-    norm = np.sqrt(np.sum(exact**2, over, keepdims=True))
-    expected = exact * (rate * np.clip(norm, low, high) + (1 - rate) * norm) / norm
-    np.testing.assert_allclose(np.float64(out), expected, rtol=2 * float(jnp.finfo(dtype).eps))
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bound_norm(dtype):
+    ours = lambda w, low, high, rate, axes: jw.projections.bound_norm(w, low, high, rate=rate, axes=axes)
+    run = jax.jit(lambda ws, *limits: [ours(w, *limits, axes) for w, (_, axes, _) in zip(ws, READINGS, strict=True)])
+    weights = [jnp.asarray(normal(*shape), dtype) for shape, _, _ in READINGS]
+    for low, high, rate in [(1.0, 2.0, 1.0), (1.0, 1.0, 1.0), (0.0, 1.5, 0.25), (3.0, 4.0, 0.5)]:
+        for w, out, (shape, _, over) in zip(weights, run(weights, low, high, rate), READINGS, strict=True):
+            assert out.dtype == dtype and out.shape == shape
+            exact = np.float64(w)
+            norm = np.sqrt(np.sum(exact**2, over, keepdims=True))
+            expected = exact * (rate * np.clip(norm, low, high) + (1 - rate) * norm) / norm
+            case = f"{shape}, {low} to {high}, rate {rate}"
+            np.testing.assert_allclose(np.float64(out), expected, rtol=2 * float(jnp.finfo(dtype).eps), err_msg=case)
 
 
 def test_bound_norm_keeps_what_is_in_range_zero_or_no_number():
@@ -115,30 +113,41 @@ def test_bound_norm_gradient():
         check_grads(f, (w, low, high, rate), order=1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", [1e30, 1e-30])
-def test_unit_norm_of_huge_and_tiny_weights(size):
-    w = jnp.float32([[1, 2], [2, -3], [-2, 6]]) * size
-    out, pull = jax.vjp(lambda w: jw.projections.bound_norm(w, 1e3, 1e3), w)
-    np.testing.assert_allclose(out, 1e3 * np.float64([[1, 2], [2, -3], [-2, 6]]) / [3, 7], rtol=1e-6)
-    assert jnp.isfinite(pull(jnp.full_like(w, 1e-4))[0]).all()
+def test_unit_norm_of_huge_and_tiny_weights():
+    ours = lambda w: jw.projections.bound_norm(w, 1e3, 1e3)
+    run = jax.jit(lambda w: (ours(w), jax.vjp(ours, w)[1](jnp.full_like(w, 1e-4))[0]))
+    for size in (1e30, 1e-30):
+        out, gradient = run(jnp.float32([[1, 2], [2, -3], [-2, 6]]) * size)
+        np.testing.assert_allclose(out, 1e3 * np.float64([[1, 2], [2, -3], [-2, 6]]) / [3, 7], rtol=1e-6)
+        assert jnp.isfinite(gradient).all()
 
 
 # bound_sum
 
 
-@pytest.mark.parametrize(("shape", "axes", "over"), READINGS)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (-np.inf, -0.3), (0.1, 0.7)])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_bound_sum(shape, axes, over, dtype, low, high, weighted):
-    w = jnp.asarray(normal(*shape), dtype)
-    a = jnp.asarray(normal(*shape, seed=1), dtype) if weighted else None
-    out = jw.projections.bound_sum(w, low, high, normal=a, axes=axes)
-    assert out.dtype == dtype and out.shape == shape
-    exact, a = np.float64(w), np.float64(1.0 if a is None else a) + np.zeros(shape)
-    total = np.sum(a * exact, over, keepdims=True)
-    expected = exact + a * (np.clip(total, low, high) - total) / np.sum(a**2, over, keepdims=True)
-    np.testing.assert_allclose(np.float64(out), expected, rtol=0, atol=8 * float(jnp.finfo(dtype).eps))
+def test_bound_sum(dtype):
+    weights = [jnp.asarray(normal(*shape), dtype) for shape, _, _ in READINGS]
+    normals = [jnp.asarray(normal(*shape, seed=1), dtype) for shape, _, _ in READINGS]
+
+    @jax.jit
+    def run(weights, normals, low, high):
+        ours = lambda w, a, axes: jw.projections.bound_sum(w, low, high, normal=a, axes=axes)
+        cases = list(zip(weights, normals, READINGS, strict=True))
+        return [ours(w, None, axes) for w, _, (_, axes, _) in cases], [ours(w, a, axes) for w, a, (_, axes, _) in cases]
+
+    for low, high in [(0.0, 0.0), (-np.inf, -0.3), (0.1, 0.7)]:
+        plain, weighted = run(weights, normals, low, high)
+        ones = [np.ones(shape) for shape, _, _ in READINGS]
+        for name, found, each in (("plain", plain, ones), ("weighted", weighted, normals)):
+            for w, a, out, (shape, _, over) in zip(weights, each, found, READINGS, strict=True):
+                assert out.dtype == dtype and out.shape == shape
+                exact, a = np.float64(w), np.float64(a)
+                total = np.sum(a * exact, over, keepdims=True)
+                expected = exact + a * (np.clip(total, low, high) - total) / np.sum(a**2, over, keepdims=True)
+                tolerance = 8 * float(jnp.finfo(dtype).eps)
+                case = f"{name}, {shape}, {low} to {high}"
+                np.testing.assert_allclose(np.float64(out), expected, rtol=0, atol=tolerance, err_msg=case)
 
 
 def test_bound_sum_at_the_edges():
@@ -157,58 +166,56 @@ def test_bound_sum_at_the_edges():
 # The simplex and the L1 ball
 
 
-@pytest.mark.parametrize(("shape", "axes", "over"), READINGS)
+PROJECTIONS = {  # with their oracles
+    jw.projections.project_simplex: simplex,
+    jw.projections.project_l1_ball: l1_ball,
+    jw.projections.project_l1_sphere: lambda v, radius: np.where(v < 0, -1, 1) * simplex(np.abs(v), radius),
+}
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("size", [0.0, 0.5, 3])
-def test_simplex_and_l1_ball(shape, axes, over, dtype, size):
-    w = jnp.asarray(normal(*shape), dtype)
-    for f, oracle in (
-        (jw.projections.project_simplex, simplex),
-        (jw.projections.project_l1_ball, l1_ball),
-        (jw.projections.project_l1_sphere, lambda v, r: np.where(v < 0, -1, 1) * simplex(np.abs(v), r)),
-    ):
-        out = f(w, size, axes=axes)
-        assert out.dtype == dtype and out.shape == shape
-        expected = per_unit(lambda v, oracle=oracle: oracle(v, size), w, over)
-        np.testing.assert_allclose(np.float64(out), expected, atol=(size + 1) * float(jnp.finfo(dtype).eps))
+def test_simplex_and_l1_ball(dtype):
+    cases = [(f, oracle, reading) for f, oracle in PROJECTIONS.items() for reading in READINGS]
+    weights = [jnp.asarray(normal(*shape), dtype) for _, _, (shape, _, _) in cases]
+    run = jax.jit(lambda ws, size: [f(w, size, axes=axes) for w, (f, _, (_, axes, _)) in zip(ws, cases, strict=True)])
+    for size in (0.0, 0.5, 3.0):
+        for w, out, (f, oracle, (shape, _, over)) in zip(weights, run(weights, size), cases, strict=True):
+            assert out.dtype == dtype and out.shape == shape
+            expected = per_unit(lambda v, oracle=oracle: oracle(v, size), w, over)  # noqa: B023
+            tolerance = (size + 1) * float(jnp.finfo(dtype).eps)
+            case = f"{f.__name__}, {shape}, {size}"
+            np.testing.assert_allclose(np.float64(out), expected, atol=tolerance, err_msg=case)
+
+
+every_projection = jax.jit(lambda w, size: [f(w, size) for f in PROJECTIONS])
 
 
 @settings(deadline=None, max_examples=200)
 @given(vectors, st.floats(2**-20, 1e6, width=32))
-def test_simplex_of_any_vector(v, total):
-    out = np.float64(jax.jit(jw.projections.project_simplex)(v, np.float32(total)))
+def test_simplex_and_l1_ball_of_any_vector(v, size):
+    out, ball, _ = map(np.float64, every_projection(v, np.float32(size)))
     assert (out >= 0).all()
-    assert abs(out.sum() - total) <= 1e-6 * total * len(v)
-    np.testing.assert_allclose(out, simplex(np.float64(v), total), atol=2e-6 * total)
+    assert abs(out.sum() - size) <= 1e-6 * size * len(v)
+    np.testing.assert_allclose(out, simplex(np.float64(v), size), atol=2e-6 * size)
+    assert np.abs(ball).sum() <= size * (1 + 1e-6 * len(v))
+    if np.abs(np.float64(v)).sum() <= size * (1 - 1e-6):
+        np.testing.assert_array_equal(ball, v)
+    np.testing.assert_allclose(ball, l1_ball(np.float64(v), size), atol=2e-6 * size)
 
 
-@settings(deadline=None, max_examples=200)
-@given(vectors, st.floats(2**-20, 1e6, width=32))
-def test_l1_ball_of_any_vector(v, radius):
-    out = np.float64(jax.jit(jw.projections.project_l1_ball)(v, np.float32(radius)))
-    assert np.abs(out).sum() <= radius * (1 + 1e-6 * len(v))
-    if np.abs(np.float64(v)).sum() <= radius * (1 - 1e-6):
-        np.testing.assert_array_equal(out, v)
-    np.testing.assert_allclose(out, l1_ball(np.float64(v), radius), atol=2e-6 * radius)
-
-
-@pytest.mark.parametrize("total", [0.5, 2.0, 10.0])
-def test_no_feasible_point_is_nearer(total):
+def test_no_feasible_point_is_nearer():
     """For a convex set, p is the projection of w if and only if (w − p)·(q − p) <= 0 for every q of the set."""
     rng = np.random.default_rng(0)
     w = 2 * rng.normal(size=(20, 6))
-    q = total * rng.dirichlet(np.full(20, 0.2), size=2000)
-    corners = total * np.eye(20)
+    q = rng.dirichlet(np.full(20, 0.2), size=2000)
+    corners = np.eye(20)
     signs = rng.choice([-1, 1], size=q.shape)
     shrink = rng.uniform(size=(2000, 1))
+    sets = np.concatenate([q, corners]), np.concatenate([q * signs * shrink, corners, -corners, np.zeros((1, 20))])
     with enable_x64(True):
-        for f, points in (
-            (jw.projections.project_simplex, (q, corners)),
-            (jw.projections.project_l1_ball, (q * signs * shrink, corners, -corners, np.zeros((1, 20)))),
-        ):
-            p = np.asarray(f(jnp.asarray(w), total))
-            for point in points:
-                assert (np.einsum("iu,qiu->qu", w - p, point[:, :, None] - p) <= 1e-12).all()
+        for total in (0.5, 2.0, 10.0):
+            for p, points in zip(map(np.asarray, every_projection(w, total)[:2]), sets, strict=True):
+                assert (np.einsum("iu,qiu->qu", w - p, total * points[:, :, None] - p) <= 1e-12).all(), total
 
 
 @pytest.mark.parametrize("n", [1, 2, 1000])
@@ -233,35 +240,37 @@ def test_simplex_of_wide_ranges(n, vector):
 def test_gradients():
     with enable_x64(True):
         w, size = jnp.asarray(normal(8, 5)), jnp.array(2.0)
-        for f in (jw.projections.project_simplex, jw.projections.project_l1_ball, jw.projections.project_l1_sphere):
-            assert 0 < (f(w, size) == 0).sum() < w.size
-            check_grads(jax.jit(f), (w, size), order=1, rtol=1e-6)
-            check_grads(lambda w, size, f=f: jax.vmap(lambda v: f(v, size))(w.T), (w, size), order=1, rtol=1e-6)
+        assert all(0 < (out == 0).sum() < w.size for out in every_projection(w, size))
+        of_units = lambda w, size: [jax.vmap(lambda v, f=f: f(v, size))(w.T) for f in PROJECTIONS]
+        both = jax.jit(lambda w, size: (every_projection(w, size), of_units(w, size)))
+        check_grads(both, (w, size), order=1, rtol=1e-6)
 
 
 def test_what_is_no_number():
     w = jnp.array([[jnp.nan, jnp.inf, -jnp.inf, 0.5], [1.0, 1.0, 1.0, 0.5]])
-    np.testing.assert_array_equal(jw.projections.project_simplex(w), [[np.nan, np.nan, 0, 0.5], [np.nan, 0, 1, 0.5]])
-    np.testing.assert_array_equal(
-        jw.projections.project_l1_ball(w, 1.0), [[np.nan, np.nan, np.nan, 0.5], [np.nan, 0, 0, 0.5]]
-    )
-    assert jw.projections.project_simplex(jnp.zeros((0, 3))).shape == (0, 3)
-    assert jw.projections.project_l1_ball(jnp.zeros((3, 0)), 1.0).shape == (3, 0)
+    on_simplex, in_ball, _ = every_projection(w, 1.0)
+    np.testing.assert_array_equal(on_simplex, [[np.nan, np.nan, 0, 0.5], [np.nan, 0, 1, 0.5]])
+    np.testing.assert_array_equal(in_ball, [[np.nan, np.nan, np.nan, 0.5], [np.nan, 0, 0, 0.5]])
+    for shape in ((0, 3), (3, 0)):
+        assert all(f(jnp.zeros(shape), 1.0).shape == shape for f in PROJECTIONS)
 
 
 def test_transforms_follow_their_schedules():
     w = jnp.array([[0.5], [-3.0], [4.0]])
     growing = lambda step: 1.0 + step
-    for make, f in (
-        (lambda s: jw.projections.ClipRange(0.0, s), lambda n: jw.projections.clip_range(w, 0.0, n)),
-        (lambda s: jw.projections.BoundNorm(0.5, s), lambda n: jw.projections.bound_norm(w, 0.5, n)),
-        (jw.projections.Simplex, lambda n: jw.projections.project_simplex(w, n)),
-        (jw.projections.L1Ball, lambda n: jw.projections.project_l1_ball(w, n)),
-        (jw.projections.L1Sphere, lambda n: jw.projections.project_l1_sphere(w, n)),
-        (lambda s: jw.projections.BoundSum(-3.0, s), lambda n: jw.projections.bound_sum(w, -3.0, n)),
-    ):
-        t = make(growing)
-        state = t.init(w, jax.random.key(0))
-        for n in (1.0, 2.0, 3.0):
-            state = t.update(w, state)
-            np.testing.assert_allclose(t.apply(w, state), f(n), rtol=1e-6)
+    transforms = {
+        jw.projections.ClipRange(0.0, growing): lambda n: jw.projections.clip_range(w, 0.0, n),
+        jw.projections.BoundNorm(0.5, growing): lambda n: jw.projections.bound_norm(w, 0.5, n),
+        jw.projections.Simplex(growing): lambda n: jw.projections.project_simplex(w, n),
+        jw.projections.L1Ball(growing): lambda n: jw.projections.project_l1_ball(w, n),
+        jw.projections.L1Sphere(growing): lambda n: jw.projections.project_l1_sphere(w, n),
+        jw.projections.BoundSum(-3.0, growing): lambda n: jw.projections.bound_sum(w, -3.0, n),
+    }
+    states = [t.init(w, jax.random.key(0)) for t in transforms]
+    update = jax.jit(lambda states: [t.update(w, state) for t, state in zip(transforms, states, strict=True)])
+    apply = jax.jit(lambda states: [t.apply(w, state) for t, state in zip(transforms, states, strict=True)])
+    expected = jax.jit(lambda n: [f(n) for f in transforms.values()])
+    for n in (1.0, 2.0, 3.0):
+        states = update(states)
+        for t, new, goal in zip(transforms, apply(states), expected(n), strict=True):
+            np.testing.assert_allclose(new, goal, rtol=1e-6, err_msg=f"{t}")

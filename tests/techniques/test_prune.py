@@ -17,12 +17,11 @@ GRADS = of_shape(lambda shape: jnp.float32(NORMAL(size=shape)))
 PATHS = ("a/kernel", "b/kernel")  # in order
 FLAT = [PARAMS["a"]["kernel"], PARAMS["b"]["kernel"]]
 FLAT_GRADS = [GRADS["a"]["kernel"], GRADS["b"]["kernel"]]
+unpack_mask = jax.jit(jw.sparse.unpack_mask, static_argnums=1)
 
 
 def masks_of(state):
-    return [
-        np.asarray(jw.sparse.unpack_mask(state.fixed[p]["mask"], w.shape)) for p, w in zip(PATHS, FLAT, strict=True)
-    ]
+    return [np.asarray(unpack_mask(state.fixed[p]["mask"], w.shape)) for p, w in zip(PATHS, FLAT, strict=True)]
 
 
 def lowest(values, zeros, among=None):
@@ -50,7 +49,7 @@ def test_global_pruning_of_a_tree_is_one_argsort():
     state = jax.jit(lifted.init)(PARAMS, KEY)
     expected = lowest([np.abs(w) for w in FLAT], count(0.7, 528))
     equal(masks_of(state), expected)
-    new = lifted.apply(PARAMS, state)
+    new = jax.jit(lifted.apply)(PARAMS, state)
     np.testing.assert_array_equal(new["a"]["kernel"], np.where(expected[0], FLAT[0], 0))
     np.testing.assert_array_equal(new["a"]["bias"], PARAMS["a"]["bias"])
 
@@ -60,13 +59,13 @@ def test_each_rule_has_a_pool_of_its_own():
     rules = {f"{p}": jw.Prune(0.5, distribution=jw.pruning.Global()) for p in PATHS}
     state = jax.jit(jw.on_tree(rules).init)(PARAMS, KEY)
     equal(masks_of(state), [lowest([np.abs(w)], w.size // 2)[0] for w in FLAT])
-    alone = jw.Prune(0.5, distribution=jw.pruning.Global()).init(FLAT[0], KEY)
+    alone = jax.jit(jw.Prune(0.5, distribution=jw.pruning.Global()).init)(FLAT[0], KEY)
     np.testing.assert_array_equal(alone["mask"], state.fixed["a/kernel"]["mask"])
 
 
 def test_snip_is_global_pruning_by_saliency_at_the_first_gradient():
     lifted = jw.on_tree(jw.Prune(0.8, score=jw.scores.saliency, distribution=jw.pruning.Global()))
-    state = lifted.init(PARAMS, KEY)
+    state = jax.jit(lifted.init)(PARAMS, KEY)
     equal(masks_of(state), [np.ones(w.shape, bool) for w in FLAT])
     update = jax.jit(lifted.update)
     state = update(PARAMS, state, GRADS)
@@ -108,7 +107,7 @@ def test_a_schedule_prunes_within_what_is_kept(distribution):
     """As ever new weights come in, the pruned stay pruned, and the counts are those of the schedule."""
     lifted = jw.on_tree(jw.Prune(ramp, distribution=distribution))
     update = jax.jit(lifted.update)
-    state, kept = lifted.init(PARAMS, KEY), [np.ones(w.shape, bool) for w in FLAT]
+    state, kept = jax.jit(lifted.init)(PARAMS, KEY), [np.ones(w.shape, bool) for w in FLAT]
     for step in range(5):
         rng = np.random.default_rng(step)
         new = jax.tree.map(lambda w, rng=rng: jnp.float32(rng.normal(size=w.shape)), PARAMS)
@@ -126,10 +125,10 @@ def test_where_the_sparsity_falls_all_weights_compete_again():
     values = jnp.array([0.0, 0.5, 0.25, 0.0])
     t = jw.Prune(lambda step: values[step])
     w = [jnp.float32(NORMAL(size=(6, 4))) for _ in range(4)]
-    state, update = t.init(w[0], KEY), jax.jit(t.update)
+    state, update = jax.jit(t.init)(w[0], KEY), jax.jit(t.update)
     for step, zeros in enumerate((0, 12, 6, 0)):
         state = update(w[step], state)
-        mask = jw.sparse.unpack_mask(state["mask"], (6, 4))
+        mask = unpack_mask(state["mask"], (6, 4))
         np.testing.assert_array_equal(mask, lowest([np.abs(w[step])], zeros)[0])
 
 
@@ -137,7 +136,7 @@ def test_a_mask_is_not_made_anew_while_the_sparsity_stays():
     """The work is in a loop, which vmap leaves a loop: it runs if one of the batch needs it."""
     t = jw.Prune(optax.linear_schedule(0.0, 0.5, 1))
     ws = jnp.stack([FLAT[1], FLAT[1][::-1]])
-    states = jax.vmap(lambda w: t.init(w, KEY))(ws)
+    states = jax.jit(jax.vmap(lambda w: t.init(w, KEY)))(ws)
     names = [e.primitive.name for e in jax.make_jaxpr(jax.vmap(t.update))(ws, states).eqns]
     assert names.count("while") == 1 and "bitcast_convert_type" not in names and "reduce" not in names
 
@@ -147,7 +146,7 @@ def test_straight_through(sparsity):
     """The gradient passes to pruned weights as well, and each update prunes those that are smallest by then."""
     t = jw.Prune(sparsity, straight_through=True)
     w = jnp.float32(NORMAL(size=(8, 6)))
-    state = t.init(w, KEY)
+    state = jax.jit(t.init)(w, KEY)
     np.testing.assert_array_equal(jax.grad(lambda w: jnp.sum(2 * t.apply(w, state)))(w), np.full((8, 6), 2.0))
     moved = w[::-1]
     state = jax.jit(t.update)(moved, state)
@@ -158,10 +157,9 @@ def test_straight_through(sparsity):
 
 def test_a_chain_with_a_distribution_is_its_members_one_after_the_other():
     chain = jw.on_tree(jw.Chain(jw.ClipWeights(0.8), jw.Prune(0.5, distribution=jw.pruning.Global())))
-    state = chain.update(PARAMS, chain.init(PARAMS, KEY))
     clipped = [np.clip(w, np.float32(-0.8), np.float32(0.8)) for w in FLAT]
     expected = lowest([np.abs(w) for w in clipped], 264)
-    new = chain.apply(PARAMS, state)
+    new = jax.jit(lambda params: chain.apply(params, chain.update(params, chain.init(params, KEY))))(PARAMS)
     for path, w, mask in zip("ab", clipped, expected, strict=True):
         np.testing.assert_array_equal(new[path]["kernel"], np.where(mask, w, 0))
 
@@ -169,16 +167,16 @@ def test_a_chain_with_a_distribution_is_its_members_one_after_the_other():
 def test_distributions_read_attention_and_stacks_as_such():
     """(layers, in, out) beside a bias of (layers, out) is a stack: each layer of it has a density of its own."""
     params = {"stack": {"kernel": jnp.float32(NORMAL(size=(3, 16, 8))), "bias": jnp.zeros((3, 8))}}
-    state = jw.on_tree(jw.Prune(0.5, distribution=jw.pruning.ErdosRenyi())).init(params, KEY)
-    mask = jw.sparse.unpack_mask(state.fixed["stack/kernel"]["mask"], (3, 16, 8))
+    state = jax.jit(jw.on_tree(jw.Prune(0.5, distribution=jw.pruning.ErdosRenyi())).init)(params, KEY)
+    mask = unpack_mask(state.fixed["stack/kernel"]["mask"], (3, 16, 8))
     np.testing.assert_array_equal(mask.sum((1, 2)), [64, 64, 64])
-    local = jw.on_tree(jw.Prune(0.3)).init(params, KEY)
-    mask = jw.sparse.unpack_mask(local.fixed["stack/kernel"]["mask"], (3, 16, 8))
+    local = jax.jit(jw.on_tree(jw.Prune(0.3)).init)(params, KEY)
+    mask = unpack_mask(local.fixed["stack/kernel"]["mask"], (3, 16, 8))
     np.testing.assert_array_equal((~mask).sum((1, 2)), [38, 38, 38])
 
 
 def test_nan_is_kept_longest_and_infinity_next():
     w = jnp.array([[1.0, jnp.nan, -jnp.inf, 2.0]])
     for zeros, kept in [(1, [0, 1, 1, 1]), (2, [0, 1, 1, 0]), (3, [0, 1, 0, 0]), (4, [0, 0, 0, 0])]:
-        state = jw.Prune(zeros / 4, distribution=jw.pruning.Global()).init(w, KEY)
-        np.testing.assert_array_equal(jw.sparse.unpack_mask(state["mask"], (1, 4)), np.array([kept], bool))
+        state = jax.jit(jw.Prune(zeros / 4, distribution=jw.pruning.Global()).init)(w, KEY)
+        np.testing.assert_array_equal(unpack_mask(state["mask"], (1, 4)), np.array([kept], bool))

@@ -37,48 +37,60 @@ def min_max(w, bits, over=None):
     return np.round(position) * (high - low) / levels + low, np.abs(position - np.floor(position) - 0.5)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_fake_quantize_float64(bits):
-    w = normal(30, 40)
+fake_quantize = jax.jit(jw.fake_quantize, static_argnames=("bits", "axes"))
+
+
+def test_fake_quantize_float64():
+    w, all_bits = normal(30, 40), (1, 2, 4, 8, 16)
     with enable_x64(True):
-        np.testing.assert_allclose(jw.fake_quantize(jnp.asarray(w), bits), min_max(w, bits)[0], rtol=1e-12, atol=1e-15)
+        found = jax.jit(lambda w: [jw.fake_quantize(w, bits) for bits in all_bits])(w)
+    for bits, out in zip(all_bits, found, strict=True):
+        np.testing.assert_allclose(out, min_max(w, bits)[0], rtol=1e-12, atol=1e-15, err_msg=f"{bits} bits")
 
 
 @pytest.mark.parametrize(("bits", "offset"), [(1, 0), (3, 10), (8, 0), (12, 10)])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_fake_quantize(bits, dtype, offset):
-    w = jnp.asarray(normal(30, 40) + offset, dtype)
-    out = jw.fake_quantize(w, bits)
-    assert out.dtype == dtype
-    expected, to_tie = min_max(np.float64(w), bits)
-    sure = to_tie > 1e-5 * 2**bits
-    assert sure.mean() > 0.9
-    atol = 2 * float(jnp.finfo(dtype).eps) * np.abs(np.float64(w)).max()
-    np.testing.assert_allclose(np.float64(out)[sure], expected[sure], atol=atol)
-    assert out.min() == w.min() and out.max() == w.max()
+def test_fake_quantize(bits, offset):
+    weights = [jnp.asarray(normal(30, 40) + offset, dtype) for dtype in FLOATS]
+    outs = jax.jit(lambda weights: [jw.fake_quantize(w, bits) for w in weights])(weights)
+    for w, out in zip(weights, outs, strict=True):
+        assert out.dtype == w.dtype
+        expected, to_tie = min_max(np.float64(w), bits)
+        sure = to_tie > 1e-5 * 2**bits
+        assert sure.mean() > 0.9
+        atol = 2 * float(jnp.finfo(w.dtype).eps) * np.abs(np.float64(w)).max()
+        np.testing.assert_allclose(np.float64(out)[sure], expected[sure], atol=atol, err_msg=f"{w.dtype}")
+        assert out.min() == w.min() and out.max() == w.max()
 
 
 def test_fake_quantize_keeps_the_digits_of_a_distant_range():
     w = np.float32(1000 + np.linspace(0, 1, 200))
     expected, to_tie = min_max(w.astype(np.float64), 12)
     sure = to_tie > 0.01
-    np.testing.assert_allclose(jw.fake_quantize(jnp.asarray(w), 12)[sure], expected[sure], rtol=1.3e-7)
+    np.testing.assert_allclose(fake_quantize(w, 12)[sure], expected[sure], rtol=1.3e-7)
 
 
-@pytest.mark.parametrize(("shape", "axes", "over"), READINGS[:5])
-def test_fake_quantize_per_output_unit(shape, axes, over):
-    w = np.float32(normal(*shape))
-    expected, to_tie = min_max(w.astype(np.float64), 4, over)
-    out = np.asarray(jw.fake_quantize(jnp.asarray(w), 4, axes=axes))
-    np.testing.assert_allclose(out[to_tie > 1e-4], expected[to_tie > 1e-4], atol=1e-6)
-    np.testing.assert_array_equal(jw.FakeQuantize(4, per_unit=True, axes=axes).apply(jnp.asarray(w), {}), out)
+def test_fake_quantize_per_output_unit():
+    readings = READINGS[:5]
+    weights = [np.float32(normal(*shape)) for shape, _, _ in readings]
+
+    @jax.jit
+    def run(weights):
+        functions = [jw.fake_quantize(w, 4, axes=axes) for w, (_, axes, _) in zip(weights, readings, strict=True)]
+        transforms = [jw.FakeQuantize(4, per_unit=True, axes=axes) for _, axes, _ in readings]
+        return functions, [t.apply(w, {}) for w, t in zip(weights, transforms, strict=True)]
+
+    for w, out, of_transform, (shape, _, over) in zip(weights, *run(weights), readings, strict=True):
+        expected, to_tie = min_max(w.astype(np.float64), 4, over)
+        sure = to_tie > 1e-4
+        np.testing.assert_allclose(np.asarray(out)[sure], expected[sure], atol=1e-6, err_msg=f"{shape}")
+        np.testing.assert_array_equal(of_transform, out)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-1e3, 1e3, width=16), min_size=12, max_size=12), st.sampled_from([1, 2, 5, 8]))
 def test_fake_quantize_is_near_and_has_few_values(values, bits):
     w = np.float32(values)
-    out = np.float64(jw.fake_quantize(jnp.asarray(w), bits))
+    out = np.float64(fake_quantize(w, bits))
     span = float(w.max()) - float(w.min())
     rounding = 1e-6 * np.abs(w).max()
     assert (np.abs(out - w) <= span / (2**bits - 1) / 2 + rounding).all()
@@ -87,20 +99,19 @@ def test_fake_quantize_is_near_and_has_few_values(values, bits):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("value", [0.0, -0.3, 6e4])
-def test_fake_quantize_of_a_constant(dtype, value):
-    w = jnp.full((3, 4), value, dtype)
-    for axes in (None, DENSE):
-        np.testing.assert_array_equal(jw.fake_quantize(w, 3, axes=axes), w)
+def test_fake_quantize_of_a_constant(dtype):
+    for value in (0.0, -0.3, 6e4):
+        w = jnp.full((3, 4), value, dtype)
+        for axes in (None, DENSE):
+            np.testing.assert_array_equal(fake_quantize(w, 3, axes=axes), w)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 8])
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 3.4e38), (jnp.bfloat16, 3.3e38), (jnp.float16, 65504)])
-def test_fake_quantize_of_huge_weights(bits, dtype, size):
+def test_fake_quantize_of_huge_weights(dtype, size):
     w = jnp.asarray(np.array([-1, -0.35, 0.1, 0.7, 1]) * size, dtype)
-    expected = min_max(np.float64(w), bits)[0]
-    found = np.float64(jw.fake_quantize(w, bits))
-    np.testing.assert_allclose(found / size, expected / size, atol=2 * float(jnp.finfo(dtype).eps))
+    for bits, out in zip((1, 2, 8), jax.jit(lambda w: [jw.fake_quantize(w, b) for b in (1, 2, 8)])(w), strict=True):
+        expected, tolerance = min_max(np.float64(w), bits)[0], 2 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(np.float64(out) / size, expected / size, atol=tolerance, err_msg=f"{bits} bits")
 
 
 def test_fake_quantize_gradient_is_straight_through():
@@ -111,7 +122,7 @@ def test_fake_quantize_gradient_is_straight_through():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_fake_quantize_of_nan(bad):
-    out = jw.fake_quantize(jnp.array([[bad, 1.0], [1.0, 2.0], [3.0, 4.0]]), 1, axes=DENSE)
+    out = fake_quantize(jnp.array([[bad, 1.0], [1.0, 2.0], [3.0, 4.0]]), 1, axes=DENSE)
     assert jnp.isnan(out[:, 0]).all()
     np.testing.assert_array_equal(out[:, 1], [1, 1, 4])
 
@@ -125,38 +136,40 @@ def test_fake_quantize_of_little(shape):
 # quantize, dequantize
 
 
-@pytest.mark.parametrize(("shape", "axes", "over"), READINGS)
 @pytest.mark.parametrize(("bits", "dtype"), [(2, jnp.float32), (4, jnp.bfloat16), (8, jnp.float16)])
-def test_quantize(shape, axes, over, bits, dtype):
-    w = jnp.asarray(normal(*shape), dtype)
-    exact, largest = np.float64(w), 2 ** (bits - 1) - 1
-    q = jw.quantize(w, bits, axes=axes)
-    scale = np.abs(exact).max(over, keepdims=True) / largest
-    np.testing.assert_allclose(q.scale, scale, rtol=1e-6)
-    assert q.codes.dtype == jnp.int8 and q.shape == shape and q.nbytes == q.codes.size + 4 * scale.size
-    position = exact / scale
-    sure = np.abs(position - np.floor(position) - 0.5) > 1e-4
-    np.testing.assert_array_equal(np.asarray(q.codes)[sure], np.round(position)[sure])
-    # |w − codes·s| <= s/2, with the stored scale
-    stored = np.float64(q.scale)
-    assert (np.abs(exact - np.float64(q.codes) * stored) <= stored / 2 * (1 + 1e-5)).all()
+def test_quantize(bits, dtype):
+    @jax.jit
+    def run(weights):
+        stored = [jw.quantize(w, bits, axes=axes) for w, (_, axes, _) in zip(weights, READINGS, strict=True)]
+        return stored, [jw.dequantize(q) for q in stored]
 
-    back = jw.dequantize(q)
-    assert back.dtype == dtype
-    eps = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(np.float64(back), np.float64(q.codes) * stored, rtol=eps)
+    weights, largest = [jnp.asarray(normal(*shape), dtype) for shape, _, _ in READINGS], 2 ** (bits - 1) - 1
+    for w, q, back, (shape, _, over) in zip(weights, *run(weights), READINGS, strict=True):
+        exact = np.float64(w)
+        scale = np.abs(exact).max(over, keepdims=True) / largest
+        np.testing.assert_allclose(q.scale, scale, rtol=1e-6, err_msg=f"{shape}")
+        assert q.codes.dtype == jnp.int8 and q.shape == shape and q.nbytes == q.codes.size + 4 * scale.size
+        position = exact / scale
+        sure = np.abs(position - np.floor(position) - 0.5) > 1e-4
+        np.testing.assert_array_equal(np.asarray(q.codes)[sure], np.round(position)[sure], err_msg=f"{shape}")
+        # |w − codes·s| <= s/2, with the stored scale
+        stored = np.float64(q.scale)
+        assert (np.abs(exact - np.float64(q.codes) * stored) <= stored / 2 * (1 + 1e-5)).all(), shape
+        assert back.dtype == dtype
+        eps = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(np.float64(back), np.float64(q.codes) * stored, rtol=eps, err_msg=f"{shape}")
 
 
 def test_quantize_float64_keeps_its_bound_with_a_float32_scale():
     with enable_x64(True):
         w = normal(500, 4)
-        q = jw.quantize(jnp.asarray(w), 8)
+        q, back = jax.jit(lambda w: (q := jw.quantize(w, 8), jw.dequantize(q)))(w)
         scale = np.float64(q.scale)
-        assert q.scale.dtype == jnp.float32 and jw.dequantize(q).dtype == jnp.float64
+        assert q.scale.dtype == jnp.float32 and back.dtype == jnp.float64
         largest = np.abs(w) > 127 * scale  # the float32 scale may have been rounded down
         assert (np.abs(w - np.float64(q.codes) * scale) <= scale / 2 * (1 + 1e-12)).all() and largest.sum() <= 4
         product = np.float64(q.codes) * scale
-        np.testing.assert_allclose(jw.dequantize(q), product, rtol=1e-6)
+        np.testing.assert_allclose(back, product, rtol=1e-6)
 
 
 def test_quantize_zero_units_and_nothing():
@@ -188,26 +201,27 @@ def test_quantized_arrays_go_through_jit_and_vmap():
 # matmul
 
 
-@pytest.mark.parametrize(
-    ("shape", "axes", "spec"),
-    [
-        ((40, 30), None, "...i,io->...o"),
-        ((20, 4, 3), ATTENTION_IN, "...i,iop->...op"),
-        ((4, 5, 6), ATTENTION_OUT, "...ij,ijo->...o"),
-        ((6, 4, 5), jw.Axes(input=(1, 2), output=0), "...ij,oij->...o"),
-        ((3, 2, 8, 5), CONV, "...hwi,hwio->...o"),
-        ((50,), None, "...i,i->..."),
-    ],
-)
 @pytest.mark.parametrize(("lead", "bits"), [((), 8), ((2, 3), 4)])
-def test_matmul(shape, axes, spec, lead, bits):
-    q = jw.quantize(jnp.float32(normal(*shape)), bits, axes=axes)
-    inputs = [shape[a] for a in (axes.input if axes else (0,))]
-    inputs = shape[:3] if axes is CONV else inputs
-    x = np.float32(normal(*lead, *inputs, seed=1))
-    dense = np.float64(q.codes) * np.float64(q.scale)
-    expected = np.einsum(spec, x.astype(np.float64), dense)
-    np.testing.assert_allclose(jw.matmul(jnp.asarray(x), q), expected, atol=1e-4)
+def test_matmul(lead, bits):
+    layers = [
+        ((40, 30), None, (40,), "...i,io->...o"),
+        ((20, 4, 3), ATTENTION_IN, (20,), "...i,iop->...op"),
+        ((4, 5, 6), ATTENTION_OUT, (4, 5), "...ij,ijo->...o"),
+        ((6, 4, 5), jw.Axes(input=(1, 2), output=0), (4, 5), "...ij,oij->...o"),
+        ((3, 2, 8, 5), CONV, (3, 2, 8), "...hwi,hwio->...o"),
+        ((50,), None, (50,), "...i,i->..."),
+    ]
+
+    @jax.jit
+    def run(inputs, weights):
+        stored = [jw.quantize(w, bits, axes=axes) for w, (_, axes, _, _) in zip(weights, layers, strict=True)]
+        return stored, [jw.matmul(x, q) for x, q in zip(inputs, stored, strict=True)]
+
+    weights = [np.float32(normal(*shape)) for shape, *_ in layers]
+    inputs = [np.float32(normal(*lead, *features, seed=1)) for _, _, features, _ in layers]
+    for x, q, y, (shape, *_, spec) in zip(inputs, *run(inputs, weights), layers, strict=True):
+        expected = np.einsum(spec, x.astype(np.float64), np.float64(q.codes) * np.float64(q.scale))
+        np.testing.assert_allclose(y, expected, atol=1e-4, err_msg=f"{shape}")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -25,7 +25,6 @@ FORMATS = {
     "to_bcoo": lambda w, mask=None, axes=None: jw.sparse.to_bcoo(w, mask, axes=axes),
     "to_csr": lambda w, mask=None, axes=None: jw.sparse.to_csr(w, mask, axes=axes),
 }
-every_layer = pytest.mark.parametrize(("shape", "axes", "spec"), LAYERS.values(), ids=LAYERS)
 every_format = pytest.mark.parametrize("store", FORMATS.values(), ids=FORMATS)
 ours = pytest.mark.parametrize("name", ["pack", "pack_blocks"])
 
@@ -35,7 +34,7 @@ def normal(*shape, seed=0):
 
 
 def n_m_mask(shape, n=2, m=4, axes=None, seed=0):
-    """At most n of every m rows of the matrix, at random places, in the shape of the weight."""
+    """At most n of every m rows of the matrix, at random positions, in the shape of the weight."""
     axes = axes_or_default(axes, len(shape))
     rows, columns = axes.matrix(np.zeros(shape, np.float32)).shape[-2:]
     rng = np.random.default_rng(seed)
@@ -67,21 +66,23 @@ def bits(a):
 # Round trips
 
 
-@every_layer
 @ours
-def test_what_is_kept_comes_back_bit_for_bit(name, shape, axes, spec):
-    w, mask = normal(*shape), n_m_mask(shape, axes=axes)
-    kept = np.argwhere(mask)
-    w[tuple(kept[0])], w[tuple(kept[1])] = -0.0, np.nan
-    stored = FORMATS[name](jnp.asarray(w), jnp.asarray(mask), axes)
-    expected = masked(w, mask)
-    np.testing.assert_array_equal(bits(stored.todense()), bits(expected))
-    assert stored.shape == shape and stored.dtype == w.dtype
+def test_what_is_kept_comes_back_bit_for_bit(name):
+    stored, expected = {}, {}
+    for layer, (shape, axes, _) in LAYERS.items():
+        w, mask = normal(*shape), n_m_mask(shape, axes=axes)
+        kept = np.argwhere(mask)
+        w[tuple(kept[0])], w[tuple(kept[1])] = -0.0, np.nan
+        stored[layer], expected[layer] = FORMATS[name](jnp.asarray(w), jnp.asarray(mask), axes), masked(w, mask)
+        assert stored[layer].shape == shape and stored[layer].dtype == w.dtype
+    restored = jax.jit(lambda stored: {layer: s.todense() for layer, s in stored.items()})(stored)
+    for layer, w in restored.items():
+        np.testing.assert_array_equal(bits(w), bits(expected[layer]), err_msg=layer)
 
 
-@pytest.mark.parametrize(
-    ("n", "m", "size", "dtype"),
-    [
+def test_any_pattern_packs():
+    x, cases = normal(3, 480, seed=1), []
+    for n, m, size, dtype in [
         (1, 2, 1, jnp.float32),
         (2, 3, 2, jnp.float32),
         (2, 4, 2, jnp.bfloat16),
@@ -89,22 +90,27 @@ def test_what_is_kept_comes_back_bit_for_bit(name, shape, axes, spec):
         (3, 4, 2, jnp.float32),
         (3, 8, 4, jnp.float32),
         (7, 16, 4, jnp.bfloat16),
-    ],
-)
-def test_any_pattern_packs(n, m, size, dtype):
-    mask = n_m_mask((m * 10, 9), n, m)
-    w = jnp.asarray(normal(m * 10, 9)).astype(dtype)
-    packed = jw.sparse.pack(w, jnp.asarray(mask), (n, m))
-    np.testing.assert_array_equal(bits(packed.todense()), bits(masked(np.asarray(w), mask)))
-    assert packed.nbytes == 10 * n * 9 * w.dtype.itemsize + -(-10 * n * size // 8) * 9
-    x = normal(3, m * 10, seed=1)
-    expected = x.astype(np.float64) @ masked(np.asarray(w, np.float64), mask)
-    for rows in (x, x[:1]):
-        np.testing.assert_allclose(jw.matmul(rows, packed), expected[: len(rows)], atol=1e-4)
+    ]:
+        mask = n_m_mask((m * 10, 9), n, m)
+        w = jnp.asarray(normal(m * 10, 9)).astype(dtype)
+        packed = jw.sparse.pack(w, jnp.asarray(mask), (n, m))
+        assert packed.nbytes == 10 * n * 9 * w.dtype.itemsize + -(-10 * n * size // 8) * 9
+        cases.append((packed, masked(np.asarray(w), mask), x[:, : m * 10]))
+
+    @jax.jit
+    def run(cases):
+        return [(packed.todense(), [jw.matmul(rows, packed) for rows in (x, x[:1])]) for packed, _, x in cases]
+
+    for (packed, w, x), (restored, products) in zip(cases, run(cases), strict=True):
+        name = f"{packed.n}:{packed.m} in {packed.dtype}"
+        np.testing.assert_array_equal(bits(restored), bits(w), err_msg=name)
+        expected = x.astype(np.float64) @ w.astype(np.float64)
+        for y in products:
+            np.testing.assert_allclose(y, expected[: len(y)], atol=1e-4, err_msg=name)
 
 
 def test_the_codes_are_those_of_2_to_4_hardware():
-    """Places of two bits, in order of the values, the first in the lowest bits."""
+    """Positions of two bits, in order of the values, the first in the lowest bits."""
     w = jnp.array([0, 2, 0, -1, 0, 0, 0, 3, 5, 0, 0, 0], jnp.float32)[:, None]
     packed = jw.sparse.pack(w)
     np.testing.assert_array_equal(packed.values[:, 0], [2, -1, 0, 3, 5, 0])
@@ -140,27 +146,28 @@ def test_the_exports_have_the_indices_of_numpy():
 # Products
 
 
-@every_layer
+products = jax.jit(lambda inputs, stored: jax.tree.map(lambda x: jw.matmul(x, stored), inputs))
+
+
 @ours
-def test_matmul(name, shape, axes, spec):
-    w = sparse(*shape, axes=axes)
-    stored = FORMATS[name](jnp.asarray(w), None, axes)
-    product = jax.jit(jw.matmul)
-    for lead in ((), (2, 3), (0,)):
-        x = normal(*lead, *(shape[a] for a in Reading.of(axes, shape).contracted), seed=1)
-        expected = np.einsum(spec, x.astype(np.float64), w.astype(np.float64))
-        y = product(jnp.asarray(x), stored)
-        assert y.shape == expected.shape
-        np.testing.assert_allclose(y, expected, atol=1e-4)
+def test_matmul(name):
+    for layer, (shape, axes, spec) in LAYERS.items():
+        w = sparse(*shape, axes=axes)
+        stored = FORMATS[name](jnp.asarray(w), None, axes)
+        inputs = [shape[a] for a in Reading.of(axes, shape).contracted]
+        xs = [normal(*lead, *inputs, seed=1) for lead in ((), (2, 3), (0,))]
+        for x, y in zip(xs, products(xs, stored), strict=True):
+            expected = np.einsum(spec, x.astype(np.float64), w.astype(np.float64))
+            assert y.shape == expected.shape
+            np.testing.assert_allclose(y, expected, atol=1e-4, err_msg=f"{layer}, {x.shape}")
 
 
 @pytest.mark.parametrize("export", [jw.sparse.to_bcoo, jw.sparse.to_csr])
 def test_matmul_with_an_export(export):
     w = sparse(16, 4, 8, axes=ATTENTION_IN)
     stored = export(jnp.asarray(w), axes=ATTENTION_IN)
-    for lead in ((), (2, 3), (0,)):
-        x = normal(*lead, 16, seed=1)
-        y = jax.jit(jw.matmul)(x, stored)
+    xs = [normal(*lead, 16, seed=1) for lead in ((), (2, 3), (0,))]
+    for x, y in zip(xs, products(xs, stored), strict=True):
         np.testing.assert_allclose(y, x.astype(np.float64) @ w.reshape(16, 32), atol=1e-4)
 
 
@@ -179,9 +186,7 @@ def test_one_row_in_many_tiles():
 @every_format
 def test_products_of_16_bits_add_up_in_float32(store):
     w = jnp.zeros((4096, 2), jnp.bfloat16).at[::2].set(1)
-    stored = store(w)
-    for rows in (1, 2):
-        y = jw.matmul(jnp.ones((rows, 4096), jnp.float16), stored)
+    for y in products([jnp.ones((rows, 4096), jnp.float16) for rows in (1, 2)], store(w)):
         assert y.dtype == jnp.float16
         np.testing.assert_array_equal(np.asarray(y, np.float32), 2048.0)
 
@@ -189,16 +194,21 @@ def test_products_of_16_bits_add_up_in_float32(store):
 @every_format
 @pytest.mark.parametrize("rows", [1, 5])
 def test_gradients(store, rows):
-    """Of x: g @ wᵀ. Of what is stored: xᵀ @ g at the place of each entry."""
+    """By x: g @ wᵀ. By the stored values: xᵀ @ g at the position of each."""
     w, x, g = sparse(256, 12), normal(rows, 256, seed=1), normal(rows, 12, seed=2)
     stored = store(jnp.asarray(w))
     leaves, structure = jax.tree.flatten(stored)
     (floating,) = (i for i, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.floating))
-    assemble = lambda a: jax.tree.unflatten(structure, [*leaves[:floating], a, *leaves[floating + 1 :]])
-    loss = lambda x, a: jnp.sum(jw.matmul(x, assemble(a)) * g)
+
+    def assemble(a):
+        return jax.tree.unflatten(structure, [*leaves[:floating], a, *leaves[floating + 1 :]])
+
+    def loss(x, a):
+        return jnp.sum(jw.matmul(x, assemble(a)) * g)
+
     by_x, by_stored = jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(x), leaves[floating])
     np.testing.assert_allclose(by_x, g.astype(np.float64) @ w.T, atol=1e-4)
-    # Zeros that are stored, in a block or in a group that keeps less, have a gradient of their own.
+    # Stored zeros, in a block or in a group that keeps fewer, have gradients of their own.
     dense = np.where(w != 0, assemble(by_stored).todense(), 0)
     np.testing.assert_allclose(dense, np.where(w != 0, x.T.astype(np.float64) @ g, 0), atol=1e-4)
 
@@ -243,12 +253,12 @@ def test_what_does_not_fit_under_jit_is_nan():
 
 
 @every_format
-@pytest.mark.parametrize("shape", [(8, 4), (0, 4), (8, 0)])
-def test_nothing_kept_and_nothing_there(store, shape):
-    stored = store(jnp.zeros(shape))
-    np.testing.assert_array_equal(stored.todense(), np.zeros(shape))
-    for rows in (1, 3):
-        np.testing.assert_array_equal(jw.matmul(jnp.ones((rows, shape[0])), stored), np.zeros((rows, shape[1])))
+def test_nothing_kept_and_nothing_there(store):
+    for shape in ((8, 4), (0, 4), (8, 0)):
+        stored = store(jnp.zeros(shape))
+        np.testing.assert_array_equal(stored.todense(), np.zeros(shape))
+        for y in products([np.ones((rows, shape[0]), np.float32) for rows in (1, 3)], stored):
+            np.testing.assert_array_equal(y, np.zeros((len(y), shape[1])))
 
 
 def test_a_type_of_ones_own_multiplies():

@@ -1,5 +1,7 @@
 """Norms of an array that lies on several devices: values and gradients are those of one device, whatever the split."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ def mesh(kind):
     return jax.make_mesh((8,), ("d",), axis_types=(AxisType[kind],))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_pull(f, args, ct):
     y, pull = jax.vjp(f, *args)
     return y, *pull(ct)
@@ -29,6 +32,7 @@ def close(found, expected):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
+@functools.cache
 def one_batch(masked):
     f = lambda *args: jw.batch_norm(*args, where=WHERE if masked else None)
     return value_and_pull(f, (X, SCALE, BIAS), CT)
@@ -39,7 +43,7 @@ def test_batch_norm_over_a_mapped_axis(masked):
     split = lambda a: a.reshape(8, 2, *a.shape[1:])
     norm = lambda x, where, scale, bias: jw.batch_norm(x, scale, bias, where=where if masked else None, axis_name="d")
     each = jax.vmap(norm, (0, 0, None, None), axis_name="d")
-    f = jax.jit(lambda x, scale, bias: each(split(x), split(WHERE), scale, bias).reshape(X.shape))
+    f = lambda x, scale, bias: each(split(x), split(WHERE), scale, bias).reshape(X.shape)
     close(value_and_pull(f, (X, SCALE, BIAS), CT), one_batch(masked))
 
 

@@ -29,29 +29,43 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-@pytest.mark.parametrize(("shape", "axes", "over"), READINGS)
+def units(shape, over):
+    return tuple(s for a, s in enumerate(shape) if a not in over)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_formula(shape, axes, over, dtype):
-    w = jnp.asarray(normal(*shape), dtype)
-    exact = np.float64(w)
-    unit = exact / np.sqrt(np.sum(exact**2, over, keepdims=True))
+def test_formula(dtype):
+    weights = [jnp.asarray(normal(*shape), dtype) for shape, _, _ in READINGS]
+    scales = [jnp.asarray(normal(*units(shape, over), seed=1), dtype) for shape, _, over in READINGS]
+
+    @jax.jit
+    def run(weights, scales):
+        cases = list(zip(weights, scales, READINGS, strict=True))
+        both = lambda w, scale, axes: (jw.weight_normalize(w, axes=axes), jw.weight_normalize(w, scale, axes=axes))
+        return [both(w, scale, axes) for w, scale, (_, axes, _) in cases]
+
     tolerance = 4 * float(jnp.finfo(dtype).eps)
-    out = jw.weight_normalize(w, axes=axes)
-    assert out.dtype == dtype
-    np.testing.assert_allclose(np.float64(out), unit, rtol=tolerance)
+    for w, scale, found, reading in zip(weights, scales, run(weights, scales), READINGS, strict=True):
+        shape, axes, over = reading
+        exact = np.float64(w)
+        unit = exact / np.sqrt(np.sum(exact**2, over, keepdims=True))
+        for out, expected in zip(found, (unit, unit * np.expand_dims(np.float64(scale), over)), strict=True):
+            assert out.dtype == dtype
+            np.testing.assert_allclose(np.float64(out), expected, rtol=tolerance, err_msg=f"{shape} by {axes}")
 
-    scale = jnp.asarray(normal(*(s for a, s in enumerate(shape) if a not in over), seed=1), dtype)
-    scaled = np.float64(jw.weight_normalize(w, scale, axes=axes))
-    np.testing.assert_allclose(scaled, unit * np.expand_dims(np.float64(scale), over), rtol=tolerance)
 
-
-@pytest.mark.parametrize(("shape", "axes", "over"), READINGS[3::2])
-def test_gradient(shape, axes, over):
+def test_gradient():
     with enable_x64(True):
-        w = jnp.asarray(normal(*shape))
-        scale = jnp.asarray(normal(*(s for a, s in enumerate(shape) if a not in over), seed=1))
-        check_grads(jax.jit(lambda w: jw.weight_normalize(w, axes=axes)), (w,), order=1, rtol=1e-6)
-        check_grads(jax.jit(lambda w, g: jw.weight_normalize(w, g, axes=axes)), (w, scale), order=1, rtol=1e-6)
+        weights = [jnp.asarray(normal(*shape)) for shape, _, _ in READINGS[3::2]]
+        scales = [jnp.asarray(normal(*units(shape, over), seed=1)) for shape, _, over in READINGS[3::2]]
+
+        @jax.jit
+        def run(weights, scales):
+            cases = list(zip(weights, scales, READINGS[3::2], strict=True))
+            unit = [jw.weight_normalize(w, axes=axes) for w, _, (_, axes, _) in cases]
+            return unit, [jw.weight_normalize(w, g, axes=axes) for w, g, (_, axes, _) in cases]
+
+        check_grads(run, (weights, scales), order=1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -60,15 +74,18 @@ def test_gradient(shape, axes, over):
 def test_huge_and_tiny_weights(dtype, size):
     """w/‖w‖ does not depend on the size of w, and its gradient is inversely proportional to it."""
     unit = np.float64([[1, 2], [2, -3], [-2, 6]])
-    pick = lambda w: jw.weight_normalize(w).astype(jnp.float32)[0].sum()
-    w = jnp.asarray(unit * size, dtype)
-    np.testing.assert_allclose(
-        np.float64(jw.weight_normalize(w)), unit / [3, 7], rtol=2 * float(jnp.finfo(dtype).eps) + 1e-6
-    )
+    w, first_row = jnp.asarray(unit * size, dtype), jnp.zeros((3, 2), dtype).at[0].set(1)
+
+    @jax.jit
+    def run(w):
+        out, pull = jax.vjp(jw.weight_normalize, w)
+        return out, pull(first_row)[0]
+
+    out, found = run(w)
+    np.testing.assert_allclose(np.float64(out), unit / [3, 7], rtol=2 * float(jnp.finfo(dtype).eps) + 1e-6)
     length = np.float64([3, 7])
     gradient = (np.eye(3)[:, :1] - unit[:1] / length**2 * unit) / length
-    found = np.float64(jax.grad(pick)(w)) * size
-    np.testing.assert_allclose(found, gradient, atol=0.02 if dtype != jnp.float32 else 1e-6)
+    np.testing.assert_allclose(np.float64(found) * size, gradient, atol=0.02 if dtype != jnp.float32 else 1e-6)
 
 
 def test_zero_units():

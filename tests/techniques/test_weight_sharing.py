@@ -86,15 +86,21 @@ def test_conv_index_is_the_convolution(kernel_shape, input_shape, strides, paddi
         steps = (strides,) * n if isinstance(strides, int) else strides
         return lax.conv_general_dilated(x[None], kernel, steps, padding, dimension_numbers=layout, precision="highest")
 
-    expected, pull_convolved = jax.vjp(jax.jit(convolved), kernel)
-    found, pull_shared = jax.vjp(jax.jit(shared), kernel)
-    np.testing.assert_allclose(found, expected.ravel(), atol=1e-5)
+    out_shape = jax.eval_shape(convolved, kernel).shape
+    cotangent = jnp.float32(normal(*out_shape, seed=2))
+
+    @jax.jit
+    def run(kernel):
+        values_and_pulls = jax.vjp(convolved, kernel), jax.vjp(lambda k: shared(k).reshape(out_shape), kernel)
+        return [(y, pull(cotangent)[0]) for y, pull in values_and_pulls]
+
+    (expected, gradient), (found, of_shared) = run(kernel)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
     # The gradient of the one kernel is the sum over all positions that share it.
-    cotangent = jnp.float32(normal(*expected.shape, seed=2))
-    np.testing.assert_allclose(pull_shared(cotangent.ravel())[0], pull_convolved(cotangent)[0], atol=1e-4)
-    matrix = jnp.outer(x.ravel(), cotangent.ravel())
-    positions = [np.float64(matrix)[index == i].sum() for i in range(kernel.size)]
-    np.testing.assert_allclose(pull_shared(cotangent.ravel())[0].ravel(), positions, atol=1e-4)
+    np.testing.assert_allclose(of_shared, gradient, atol=1e-4)
+    matrix = np.outer(np.float64(x), np.float64(cotangent))
+    positions = [matrix[index == i].sum() for i in range(kernel.size)]
+    np.testing.assert_allclose(of_shared.ravel(), positions, atol=1e-4)
 
 
 @pytest.mark.parametrize(("shape", "space", "strides"), [((4, 2, 3), (7, 2), 2), ((3, 2, 1, 2), (3, 5, 1), (1, 3))])
@@ -102,11 +108,14 @@ def test_conv_index_of_circular_padding_is_the_layer(shape, space, strides):
     x, kernel = jnp.float32(normal(*space)), jnp.float32(normal(*shape, seed=1))
     layer = nn.Conv(shape[-1], shape[:-2], strides, "CIRCULAR", use_bias=False)
     index = jw.conv_index(shape, space, strides=strides, padding="CIRCULAR")
-    found = jnp.dot(x.ravel(), jw.share(kernel.ravel(), index), precision="highest")
-    np.testing.assert_allclose(found, layer.apply({"params": {"kernel": kernel}}, x).ravel(), atol=1e-5)
+    found = jax.jit(lambda k: jnp.dot(x.ravel(), jw.share(k.ravel(), index), precision="highest"))(kernel)
+    expected = jax.jit(layer.apply)({"params": {"kernel": kernel}}, x)
+    np.testing.assert_allclose(found, expected.ravel(), atol=1e-5)
 
 
 # cluster
+
+cluster = jax.jit(jw.cluster, static_argnums=1)
 
 
 def nearest(values, codebook):
@@ -116,7 +125,7 @@ def nearest(values, codebook):
 @pytest.mark.parametrize(("shape", "n_clusters"), [((200,), 1), ((200,), 2), ((20, 10), 5), ((4, 5, 10), 16)])
 def test_cluster_is_a_fixed_point_of_lloyd(shape, n_clusters):
     w = np.float32(normal(*shape))
-    codebook, index = jw.cluster(jnp.asarray(w), n_clusters)
+    codebook, index = cluster(w, n_clusters)
     assert codebook.shape == (n_clusters,) and index.shape == shape and index.dtype == jnp.int32
     exact, codebook, index = w.astype(np.float64), np.float64(codebook), np.asarray(index)
     assert (np.diff(codebook) >= 0).all()
@@ -130,7 +139,7 @@ def test_cluster_is_a_fixed_point_of_lloyd(shape, n_clusters):
 def test_cluster_is_no_worse_than_even_spacing(draw, n_clusters):
     w = np.float32(getattr(np.random.default_rng(0), draw)(size=2000))
     even = np.linspace(w.min(), w.max(), n_clusters)
-    codebook, index = jw.cluster(jnp.asarray(w), n_clusters)
+    codebook, index = cluster(w, n_clusters)
     error = lambda codebook, index: np.sum((w.astype(np.float64) - np.float64(codebook)[index]) ** 2)
     assert error(codebook, np.asarray(index)) <= error(even, nearest(w, even)) * (1 + 1e-6)
 
@@ -138,7 +147,7 @@ def test_cluster_is_no_worse_than_even_spacing(draw, n_clusters):
 def test_cluster_of_few_values_finds_them():
     values = np.float32([-2, -0.5, 2, 4])
     w = np.random.default_rng(0).choice(values, (30, 20))
-    codebook, index = jw.cluster(jnp.asarray(w), 4)
+    codebook, index = cluster(w, 4)
     np.testing.assert_array_equal(codebook, values)
     np.testing.assert_array_equal(jw.share(codebook, index), w)
 
@@ -148,14 +157,14 @@ def test_cluster_of_few_values_finds_them():
 )
 def test_cluster_of_a_constant(dtype, value):
     w = jnp.full((9, 7), value, dtype)
-    codebook, index = jw.cluster(w, 3)
+    codebook, index = cluster(w, 3)
     np.testing.assert_array_equal(jw.share(codebook, index), w)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 1e38), (jnp.bfloat16, 1e38), (jnp.float16, 3e4)])
 def test_cluster_of_huge_weights(dtype, size):
     w = jnp.asarray(np.array([-2.0, -1.9, 0.1, 0.1, 1.9, 2.1]) * size, dtype)
-    codebook, index = jw.cluster(w, 3)
+    codebook, index = cluster(w, 3)
     np.testing.assert_array_equal(index, [0, 0, 1, 1, 2, 2])
     np.testing.assert_allclose(
         np.float64(codebook), np.float64(w).reshape(3, 2).mean(1), rtol=float(jnp.finfo(dtype).eps)
@@ -165,13 +174,13 @@ def test_cluster_of_huge_weights(dtype, size):
 def test_cluster_does_not_lose_a_long_sum():
     # Added one by one in float32, more than 2²⁴ ones stay at 2²⁴.
     w = jnp.concatenate([jnp.ones(2**24 + 2**22), jnp.full(8, 3.0)])
-    codebook, _ = jax.jit(jw.cluster, static_argnums=1)(w, 2)
+    codebook, _ = cluster(w, 2)
     np.testing.assert_array_equal(codebook, [1, 3])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_cluster_of_nan(bad):
-    codebook, _ = jw.cluster(jnp.array([1.0, bad, 2.0]), 2)
+    codebook, _ = cluster(jnp.array([1.0, bad, 2.0]), 2)
     assert jnp.isnan(codebook).all()
 
 

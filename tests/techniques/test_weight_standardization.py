@@ -31,41 +31,64 @@ def units(shape, over):
     return tuple(s for a, s in enumerate(shape) if a not in over)
 
 
-@pytest.mark.parametrize(("shape", "axes", "over"), READINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_formulas(shape, axes, over, dtype):
-    w = jnp.asarray(normal(*shape) + 3, dtype)
-    exact, tolerance = np.float64(w), 4 * float(jnp.finfo(dtype).eps)
-    exact = exact - exact.mean(over, keepdims=True)
-    centred = jw.projections.center(w, axes=axes)
-    assert centred.dtype == dtype
-    np.testing.assert_allclose(np.float64(centred), exact, rtol=tolerance, atol=tolerance)
+def test_formulas(dtype):
+    weights = [jnp.asarray(normal(*shape) + 3, dtype) for shape, _, _ in READINGS]
+    gains = [jnp.asarray(normal(*units(shape, over), seed=1), dtype) for shape, _, over in READINGS]
 
-    gain = jnp.asarray(normal(*units(shape, over), seed=1), dtype)
-    n = np.prod([shape[a] for a in over])
-    for eps in (0.0, 1e-10, 0.5):
-        unit = exact / np.sqrt(np.mean(exact**2, over, keepdims=True) + eps)
-        expected = unit * np.expand_dims(np.float64(gain), over)
+    def standardized(w, gain, eps, axes):
         given = {"eps": eps, "axes": axes}
-        found = jw.weight_standardize(w, **given), jw.weight_standardize(w, gain, **given)
-        found += (jw.weight_standardize(w, gain, scaled=True, **given),)
-        for out, goal in zip(found, (unit, expected, expected / np.sqrt(n)), strict=True):
-            assert out.dtype == dtype
-            np.testing.assert_allclose(np.float64(out), goal, rtol=tolerance, atol=tolerance)
+        plain = jw.weight_standardize(w, **given), jw.weight_standardize(w, gain, **given)
+        return *plain, jw.weight_standardize(w, gain, scaled=True, **given)
+
+    @jax.jit
+    def run(weights, gains, eps):
+        cases = list(zip(weights, gains, READINGS, strict=True))
+        centred = [jw.projections.center(w, axes=axes) for w, _, (_, axes, _) in cases]
+        return centred, [standardized(w, gain, eps, axes) for w, gain, (_, axes, _) in cases]
+
+    tolerance = 4 * float(jnp.finfo(dtype).eps)
+    for eps in (0.0, 1e-10, 0.5):
+        for w, gain, reading, *found in zip(weights, gains, READINGS, *run(weights, gains, eps), strict=True):
+            shape, axes, over = reading
+            exact = np.float64(w)
+            exact = exact - exact.mean(over, keepdims=True)
+            unit = exact / np.sqrt(np.mean(exact**2, over, keepdims=True) + eps)
+            expected = unit * np.expand_dims(np.float64(gain), over)
+            goals = exact, unit, expected, expected / np.sqrt(np.prod([shape[a] for a in over]))
+            for out, goal in zip((found[0], *found[1]), goals, strict=True):
+                assert out.dtype == dtype
+                case = f"{shape} by {axes}, eps {eps}"
+                np.testing.assert_allclose(np.float64(out), goal, rtol=tolerance, atol=tolerance, err_msg=case)
 
 
-@pytest.mark.parametrize(("shape", "axes", "over"), READINGS[1::3])
-def test_gradients(shape, axes, over):
+def test_gradients():
+    readings = READINGS[1::3]
     with enable_x64(True):
-        w, gain = jnp.asarray(normal(*shape)), jnp.asarray(normal(*units(shape, over), seed=1))
-        check_grads(jax.jit(lambda w: jw.projections.center(w, axes=axes)), (w,), order=1, rtol=1e-6)
-        standard = lambda w, gain: jw.weight_standardize(w, gain, scaled=True, eps=0.1, axes=axes)
-        check_grads(jax.jit(standard), (w, gain), order=1, rtol=1e-6)
+        weights = [jnp.asarray(normal(*shape)) for shape, _, _ in readings]
+        gains = [jnp.asarray(normal(*units(shape, over), seed=1)) for shape, _, over in readings]
+
+        @jax.jit
+        def run(weights, gains):
+            cases = list(zip(weights, gains, readings, strict=True))
+            centred = [jw.projections.center(w, axes=axes) for w, _, (_, axes, _) in cases]
+            return centred, [
+                jw.weight_standardize(w, gain, scaled=True, eps=0.1, axes=axes) for w, gain, (_, axes, _) in cases
+            ]
+
+        check_grads(run, (weights, gains), order=1, rtol=1e-6)
+
         # The output does not change with the mean or, without ε, the size of the weights: no gradient along them.
-        loss = lambda w: jnp.sum(normal(*shape, seed=2) * jw.weight_standardize(w, gain, eps=0.0, axes=axes))
-        grad, w = np.asarray(jax.jit(jax.grad(loss))(w)), np.asarray(w)
-    np.testing.assert_allclose(grad.sum(over), 0, atol=1e-13)
-    np.testing.assert_allclose((grad * w).sum(over), 0, atol=1e-13)
+        @jax.jit
+        @jax.grad
+        def gradients(weights):
+            cases = zip(weights, gains, readings, strict=True)
+            outs = [jw.weight_standardize(w, gain, eps=0.0, axes=axes) for w, gain, (_, axes, _) in cases]
+            return sum(jnp.sum(normal(*out.shape, seed=2) * out) for out in outs)
+
+        for grad, w, (_, _, over) in zip(gradients(weights), weights, readings, strict=True):
+            np.testing.assert_allclose(np.asarray(grad).sum(over), 0, atol=1e-13)
+            np.testing.assert_allclose(np.asarray(grad * w).sum(over), 0, atol=1e-13)
 
 
 def test_scaled_standardization_is_centred_weight_normalization():
@@ -86,31 +109,33 @@ def test_a_scaled_layer_keeps_the_variance_of_its_inputs():
     np.testing.assert_allclose(y.std(0), 1, rtol=0.03)
 
 
-@pytest.mark.parametrize("c", [0.0, 0.1, -1e4, 1e30])
-def test_equal_weights_become_zero(c):
-    """Exactly, though no sum of c is exact; and the others beside them are as precise as they would be around 0."""
-    w = jnp.full((1000, 2), c, jnp.float32)
-    for f in (jw.projections.center, jw.weight_standardize, lambda w: jw.weight_standardize(w, eps=0.0)):
-        out, pull = jax.vjp(jax.jit(f), w)
-        np.testing.assert_array_equal(out, 0)
-        assert jnp.isfinite(pull(jnp.ones_like(w))[0]).all()
+def test_equal_weights_become_zero():
+    """Exactly, though no sum of c is exact."""
+    functions = jw.projections.center, jw.weight_standardize, lambda w: jw.weight_standardize(w, eps=0.0)
+    run = jax.jit(lambda w: [(f(w), jax.vjp(f, w)[1](jnp.ones_like(w))[0]) for f in functions])
+    for c in (0.0, 0.1, -1e4, 1e30):
+        for out, gradient in run(jnp.full((1000, 2), c, jnp.float32)):
+            np.testing.assert_array_equal(out, 0, err_msg=f"{c}")
+            assert jnp.isfinite(gradient).all(), c
 
 
 def test_weights_about_a_distant_mean():
     w = np.float32(normal(1000, 2) + 1e4)
     exact = np.float64(w) - np.float64(w).mean(0)
-    np.testing.assert_allclose(jw.projections.center(w), exact, atol=1e-5)
-    np.testing.assert_allclose(jw.weight_standardize(w), exact / exact.std(0), atol=1e-5)
+    centred, standard = jax.jit(lambda w: (jw.projections.center(w), jw.weight_standardize(w)))(w)
+    np.testing.assert_allclose(centred, exact, atol=1e-5)
+    np.testing.assert_allclose(standard, exact / exact.std(0), atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 1e30), (jnp.bfloat16, 1e30), (jnp.float16, 3e4)])
 def test_huge_weights(dtype, size):
     unit = np.float64([[1, 1], [-1, 1], [1, -1], [-1, -1]])
     w = jnp.asarray(size * unit, dtype)
-    for eps in (0.0, 1e-10):
-        out, pull = jax.vjp(lambda w, eps=eps: jw.weight_standardize(w, eps=eps), w)
+    both = lambda w: [jw.weight_standardize(w, eps=eps) for eps in (0.0, 1e-10)]
+    outs, gradient = jax.jit(lambda w: (both(w), jax.vjp(both, w)[1]([jnp.ones_like(w)] * 2)[0]))(w)
+    assert jnp.isfinite(gradient).all()
+    for out in outs:
         np.testing.assert_allclose(np.float64(out), unit, rtol=1e-6)
-        assert jnp.isfinite(pull(jnp.ones_like(w))[0]).all()
 
 
 def test_centred_float16_saturates():

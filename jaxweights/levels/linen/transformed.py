@@ -17,17 +17,17 @@ from jaxweights.levels.tree import BoundTransform, TreeState, on_tree
 class Transformed(nn.Module):
     """A Linen module that computes with transformed weights and stores the plain ones.
 
-    The parameters keep their names and are never overwritten. The state of the transform lives beside them: what
-    is learned in the collection "params" under the name "weight_transform", the rest in the collection
-    "weight_transform", which `apply` updates if and only if it is mutable: `model.apply(variables, x)`
-    evaluates, `model.apply(variables, x, mutable=["weight_transform"])` is a training step.
+    The parameters keep their names and are never overwritten. The state of the transform is stored beside them: learned
+    entries in the collection "params" under the name "weight_transform", all others in the collection
+    "weight_transform". `apply` updates that collection if it is mutable: `model.apply(variables, x)` evaluates,
+    `model.apply(variables, x, mutable=["weight_transform"])` is a training step.
 
-    Every public method of the module is one of the wrapper too (`method="encode"`).
+    The wrapper has all public methods of the module (`method="encode"`).
 
     Attributes:
-      module: any Linen module, with `nn.scan`, `nn.remat`, dropout, batch norm or `sow` inside as it pleases.
+      module: any Linen module. It may use `nn.scan`, `nn.remat`, dropout, batch norm and `sow`.
       transform: a transform, or rules {glob: transform} on the paths within the module.
-      where: the weights to transform, as for `on_tree`.
+      where: the weights to transform, as in `on_tree`.
 
     Raises:
       ValueError: (in `init` or `apply`) `where` selects nothing, the module is itself a `Transformed`, the state is
@@ -48,7 +48,7 @@ class Transformed(nn.Module):
     where: Where | None = None
 
     def setup(self):
-        """Puts the module in the wrapper's scope, so that no name changes."""
+        """Puts the module into the wrapper's scope, so that names do not change."""
         if not isinstance(self.module, nn.Module):
             remedy = "NNX has nnx.transformed"
             if isinstance(self.module, type):
@@ -86,8 +86,8 @@ class Transformed(nn.Module):
             for path, entry in state.fixed.items():
                 self.put_variable(STATE, path, entry)
 
-        # Leaves are matched by identity: this runs once per scope, and a submodule that is shared with another
-        # module has a scope of its own.
+        # Leaves are matched by identity: `swap` runs once per scope, and a submodule that is shared with another module
+        # has its own scope.
         new = {id(bound.weights[path]): w for path, w in bound.apply(state).items() if w is not bound.weights[path]}
         swapped: set[int] = set()
 

@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 class TransformVariable(nnx.Variable):
-    """What a transform keeps between steps and no optimizer touches: singular vectors, masks, counts."""
+    """State that a transform keeps between steps and that is not optimized: singular vectors, masks, counts."""
 
 
 def transformed(
@@ -31,23 +31,23 @@ def transformed(
 ) -> M:
     """An NNX module that computes with transformed weights and stores the plain ones.
 
-    The result is an instance of a subclass of the module's class that shares the module's variables: attributes,
-    parameter names and `isinstance` stay as they are, and no stored parameter is overwritten. Its methods run
-    on a shadow of the module whose selected weights are transformed. The state of the transform is in its
-    attribute `weight_transform`: what is learned as `nnx.Param`, the rest as `TransformVariable`, which a call
-    updates in training mode: `model.eval()` and `model.train()` decide, as for dropout.
+    The result is an instance of a subclass of the module's class and shares the module's variables. Attributes,
+    parameter names and `isinstance` stay as they are, and no stored parameter is overwritten. Its methods run on a
+    shadow of the module whose selected weights are transformed. Its attribute `weight_transform` holds the state of the
+    transform: learned entries as `nnx.Param`, all others as `TransformVariable`. A call updates them in training mode;
+    `model.train()` and `model.eval()` switch, as for dropout.
 
     Args:
       module: any NNX module.
       transform: a transform, or rules {glob: transform} on the paths within the module.
       where: the weights to transform, as for `on_tree`.
-      rngs: where the state draws its key (stream "params"); without it, from key 0.
+      rngs: the source of the key for the initial state (stream "params"); by default it is key 0.
 
     Returns:
       The transformed module.
 
     Raises:
-      TypeError: `module` is no NNX module.
+      TypeError: `module` is not an NNX module.
       ValueError: `where` selects nothing, or `module` is already transformed.
 
     >>> from flax import nnx
@@ -144,7 +144,7 @@ def _values(part: Any) -> dict[str, State]:
 
 
 def _copy(module: Any, variable: Callable[[tuple, nnx.Variable], nnx.Variable], cls: type[nnx.Module]) -> Any:
-    """A copy of the module as a `cls`, with variable(path, old) in place of each variable: not copies of them."""
+    """A copy of the module as a `cls`, with variable(path, old), itself not copied, in place of each variable."""
     graphdef, state = nnx.split(module)
     new = nnx.merge(graphdef, nnx.from_flat_state((p, variable(p, v)) for p, v in nnx.to_flat_state(state)))
     object.__setattr__(new, "__class__", cls)
@@ -178,7 +178,7 @@ def _call(self: Any, base: type[nnx.Module], method: str, args: tuple, kwargs: d
     shadow = _shadow(self, base, bound, state)
     pairs = [(mine, its, dict(vars(its))) for mine, its in zip(_nodes(self), _nodes(shadow), strict=True)]
     y = getattr(base, method)(shadow, *args, **kwargs)
-    # What the method stored in attributes (sow, caches, counters) belongs to the module.
+    # Attributes that the method set (sow, caches, counters) belong to the module.
     for mine, its, before in pairs:
         for name, value in vars(its).items():
             if name not in before or before[name] is not value:

@@ -1,4 +1,4 @@
-"""An optimizer that moves kept weights only: gradients, moments and weights under the same masks."""
+"""Sparse training: an optimizer whose gradients, moments and weights are under the same masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxweights.levels.tree import TreeState, on_tree
 
 
 class ConfineState(NamedTuple):
-    """State of `confine`: that of the lifted transform, and that of the optimizer."""
+    """State of `confine`: the states of the lifted transform and of the optimizer."""
 
     transform: TreeState
     optimizer: Any
@@ -31,26 +31,26 @@ def confine(
 ) -> optax.GradientTransformationExtraArgs:
     """Confines an optimizer to the weights that masks keep: sparse training, by `Prune` or `Regrow`.
 
-    Each step is the `update` of the transform with the gradients of all weights, then a step of the optimizer in which
-    gradients, moments and the weights after it are transformed alike. What is pruned is exactly 0 then, has no moment,
-    and starts without one if it comes back.
+    Each step updates the transform with the gradients of all weights. Then the optimizer takes a step; the transform
+    is applied to the gradients before it and to the moments and weights after it. So a pruned weight is exactly 0 and
+    has moments of 0, also when it is regrown.
 
-    Moments are found by structure: whatever in the optimizer's state is a tree like the parameters, or that with
-    some leaves left out, as by `optax.masked`. Of it every array of the shape of a weight is taken for one of its
-    moments. No optimizer is known by name.
+    Moments are found by their structure, for any optimizer: a part of the optimizer's state that is a tree like the
+    parameters, possibly with leaves left out (as by `optax.masked`), holds moments. In it, each array of the shape of
+    its weight is one.
 
     Args:
-      optimizer: any optax gradient transformation, the whole of it.
-      transform: what applies to weights, gradients and moments alike, that is, a mask: `Prune`, `Regrow`; or rules
-        {glob: transform} of which the first that matches a path is taken.
-      where: the weights to confine, as for `on_tree`.
-      seed: seed of the random numbers that the masks may start from.
+      optimizer: any optax gradient transformation, complete with its learning rate.
+      transform: a transform that applies to weights, gradients and moments alike, that is, a mask: `Prune`, `Regrow`;
+        or rules {glob: transform}. The first rule that matches a path applies.
+      where: the weights to confine, as in `on_tree`.
+      seed: seed for masks whose initial state is random.
 
     Returns:
       An optax gradient transformation. Its `update` needs `params`.
 
     Raises:
-      TypeError: `optimizer` or `transform` is none.
+      TypeError: `optimizer` is not an optax transformation, or `transform` not a transform.
       ValueError: (when used) `params` is None, or `where` selects nothing.
 
     >>> import jax.numpy as jnp, optax

@@ -16,7 +16,7 @@ from jaxweights.numerics.rounding import exact_delta, exact_sum
 
 
 class ProjectState(NamedTuple):
-    """State of `project`: that of the lifted transform."""
+    """State of `project`: the state of the lifted transform."""
 
     transform: TreeState
 
@@ -26,25 +26,32 @@ def project(
 ) -> optax.GradientTransformationExtraArgs:
     """Projects the weights after each update: put it last in an `optax.chain`.
 
-    Turns the update u of a weight p into u' such that p + u' is the transform of p + u, so that the constraint
-    holds after `optax.apply_updates`: |w| <= c, zeros and masks bit for bit, in float32 and in 16 bits. For that,
-    u' is float32 or wider, and where p + u' cannot be the projected weight it is its neighbour towards
-    zero, or towards the `anchor` of the transform. A weight that the transform does not change keeps its update u.
+    Replaces the update u of a weight p by u' such that p + u' is the transform of p + u. So the constraint holds after
+    `optax.apply_updates`: bounds, zeros and masks bit for bit, in float32 and in 16 bits. To that end u' is float32 or
+    wider, and where no u' gives the projected weight exactly, p + u' is its neighbour towards zero, or towards the
+    `anchor` of the transform. A weight that the transform does not change keeps its update u.
 
-    A transform with state keeps it in the optimizer's: each step is its `update`, then its `apply`. A learned
-    scale (`WeightNorm`) stays what it is at the start, so that the norms do.
+    The state of the transform is part of the optimizer's state. Each step calls `update`, then `apply`. A learned scale
+    (`WeightNorm`) keeps its initial value, and so the norms stay as they were at `init`.
 
-    In 16 bits the updates are wider than the parameters: a wrapper that wants them alike, such as
-    `optax.apply_if_finite`, goes around the optimizer before, not around the whole chain. Where speed matters more
-    than one line in a chain, `on_tree(transform).apply` on the parameters after `apply_updates` is exact and cheaper.
+    A transform that uses gradients, such as `Prune(0.5, score=jw.scores.saliency)`, gets those that are passed to the
+    chain: `tx.update(updates, state, params, grad=grads)`. `confine` needs no such argument.
+
+    In 16 bits the updates are wider than the parameters. A wrapper that expects equal dtypes, such as
+    `optax.apply_if_finite`, must go around the optimizer, not around the whole chain. Where speed matters, call
+    `on_tree(transform).apply` on the parameters after `apply_updates`: it is exact and cheaper.
 
     Args:
-      transform: a transform, or rules {glob: transform} of which the first that matches a path is taken.
-      where: the weights to project, as for `on_tree`.
-      seed: seed of the random numbers that the state may start from.
+      transform: a transform, or rules {glob: transform}. The first rule that matches a path applies.
+      where: the weights to project, as in `on_tree`.
+      seed: seed for transforms whose initial state is random.
 
     Returns:
       An optax gradient transformation. Its `update` needs `params`.
+
+    Raises:
+      TypeError: `transform` is not a transform.
+      ValueError: (when used) `params` is None, or `where` selects nothing.
 
     >>> import jax.numpy as jnp, optax
     >>> import jaxweights as jw
@@ -64,19 +71,19 @@ def project(
         check_params("project", params)
         bound, updates = lifted.bind(params), flatten(updates)
         check_structure("project", "updates", updates, bound.tree)
-        moved = bound.with_weights(moved_weights(bound.weights, updates.by_path))
         grads = None
         if grad is not None:
             grads = flatten(grad)
             check_structure("project", "grad", grads, bound.tree)
-        new = moved.update(state.transform, None if grads is None else grads.by_path)
+        moved = bound.with_weights(moved_weights(bound.weights, updates.by_path))
+        new = moved.update(state.transform, grads and grads.by_path)
         return updates.replaced(landing(bound, moved, new, updates.by_path)), ProjectState(new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def moved_weights(weights: Mapping[str, jax.Array], updates: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The weights as the updates move them, by path. Those without an update stay."""
+    """The weights after the updates, by path. A weight without an update stays as it is."""
     return {path: _moved(None, w, updates[path]) if path in updates else w for path, w in weights.items()}
 
 

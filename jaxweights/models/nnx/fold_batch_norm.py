@@ -1,4 +1,4 @@
-"""Folding the batch norms of an NNX model into the layers before them."""
+"""Folding all batch norms of an NNX model into the layers before them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 class Identity(nnx.Module):
-    """What is left where a batch norm was folded away."""
+    """Takes the place of a batch norm that was folded into another layer."""
 
     def __call__(self, x: jax.Array, *args, **kwargs) -> jax.Array:
         """Returns `x`."""
@@ -25,19 +25,20 @@ class Identity(nnx.Module):
 
 
 def fold_batch_norms(model: M, layers: Mapping[str, str], *, axes: Mapping[str, Axes] | None = None) -> M:
-    """A copy of the model without its batch norms, which computes what `model` computes in evaluation.
+    """Folds every batch norm of a model into the layer before it; the result computes what `model` does in evaluation.
 
     Args:
-      model: an NNX module with batch norms, Flax's or ours. It is not changed.
-      layers: {path of the batch norm: path of the layer whose output it normalises}, of every batch norm there is.
+      model: an NNX module with batch norms, Flax's or ours. It is not modified.
+      layers: {path of the batch norm: path of the layer whose output it normalises}, for every batch norm.
       axes: {path of the layer: Axes} for kernels that are not (..., in, out).
 
     Returns:
-      A module like `model` with `Identity` in the places of the batch norms and a bias in the layers.
+      A copy of `model` with `Identity` in place of the batch norms and a bias in every layer of `layers`.
 
     Raises:
       TypeError: `layers` or `axes` is not a dict.
-      ValueError: a path is not in the model, a batch norm is left over, two share a layer, or features do not match.
+      ValueError: a path is not in the model, `layers` leaves out a batch norm, two batch norms share a layer, or the
+        numbers of features differ.
 
     >>> from flax import nnx
     >>> model = nnx.Sequential(nnx.Linear(3, 4, use_bias=False, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
@@ -59,8 +60,8 @@ def fold_batch_norms(model: M, layers: Mapping[str, str], *, axes: Mapping[str, 
         layer.bias = nnx.Param(folded["bias"])
         if hasattr(layer, "use_bias"):
             layer.use_bias = True
-        above, _, name = norm.rpartition("/")
-        parent = modules[above]
+        parent_path, _, name = norm.rpartition("/")
+        parent = modules[parent_path]
         if isinstance(parent, nnx.List):
             parent[int(name)] = Identity()
         else:
@@ -69,5 +70,5 @@ def fold_batch_norms(model: M, layers: Mapping[str, str], *, axes: Mapping[str, 
 
 
 def _arrays(module: nnx.Module, *names: str) -> dict[str, jax.Array]:
-    """The arrays of those parameters that the module has."""
+    """The arrays of the named parameters, without those that the module does not have."""
     return {name: getattr(module, name)[...] for name in names if getattr(module, name, None) is not None}

@@ -1,4 +1,4 @@
-"""Sparsification: weights set to zero, by a threshold, by rank, or by what a layer is fed."""
+"""Sparsification: weights set to zero by a threshold, by the rank of a score, or with statistics of the inputs."""
 
 from jaxweights.techniques.sparsification import scores
 from jaxweights.techniques.sparsification.distribution import ErdosRenyi, Global

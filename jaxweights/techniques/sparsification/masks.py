@@ -1,22 +1,19 @@
-"""Masks of exact counts: the weights, or groups of them, with the largest scores are kept."""
+"""Masks with an exact number of zeros, which keep the weights, or groups of weights, of largest score."""
 
 from __future__ import annotations
-
-import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.axes import Axes
 from jaxweights.core.checks import check_scalar, check_weight
 from jaxweights.core.transform import Number
-from jaxweights.numerics.counts import Count, fraction_of, scaled
-from jaxweights.numerics.norms import safe_norm
+from jaxweights.numerics.counts import fraction_of, scaled
 from jaxweights.numerics.selection import Rank, by_magnitude, by_value, count_true, smallest_mask
 from jaxweights.numerics.sharding import auto_sharded
 from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity
 from jaxweights.techniques.sparsification.structure import Structure
+from jaxweights.techniques.sparsification.tiles import Tiles
 
 
 def keep_largest(
@@ -29,25 +26,26 @@ def keep_largest(
 ) -> jax.Array:
     """The mask that keeps the weights with the largest scores.
 
-    False at the round(sparsity·n) smallest scores of each matrix of n weights, half a weight rounded up; of equal
-    scores the one with the lower flat index goes first. The count is exact at any size.
+    In each matrix of n weights it is False at the round(sparsity·n) smallest scores, halves rounded up. Of equal
+    scores, the one with the lower flat index is pruned first. The count is exact at any size.
 
     Args:
-      scores: float array of any shape, of any sign.
-      sparsity: fraction of zeros in [0, 1], a number or a scalar array; or (n, m), to keep n of every m consecutive
-        inputs of each output unit: N:M sparsity, such as (2, 4).
-      structure: what is kept or pruned as one, `Blocks`, `OutputUnits` or `InputUnits`: then these are counted, and the
-        score of one is the Euclidean norm of its scores. By default each weight by itself.
+      scores: float array of any shape. Scores may be negative.
+      sparsity: fraction of zeros in [0, 1], a number or a scalar array; or (n, m) for N:M sparsity, such as (2, 4):
+        n of every m consecutive inputs of each output unit are kept.
+      structure: what is kept or pruned as a whole: `Blocks`, `OutputUnits` or `InputUnits`. The count is then one of
+        these, and their score is the Euclidean norm of the scores in them. By default, single weights.
       axes: how the weight is read as a matrix, (..., in, out) by default. Each index along its batch axes, such as a
         layer of a stack, is a matrix with a count of its own.
-      within: boolean array of the shape of `scores`. What lies outside is pruned first, and counts.
+      within: boolean array of the shape of `scores`. Weights where it is false are pruned first; they are part of the
+        count.
 
     Returns:
-      Boolean array of the shape of `scores`. NaN ranks above infinity: it is kept longest.
+      Boolean array of the shape of `scores`. NaN ranks above infinity, so it is pruned last.
 
     Raises:
-      TypeError: `scores` is not a float array, or `sparsity` of the wrong kind.
-      ValueError: `sparsity` is out of range, or it or `structure` does not fit the shape.
+      TypeError: `scores` is not a float array, `within` is not boolean, or `sparsity` is of the wrong type.
+      ValueError: `sparsity` is out of range, or `sparsity`, `structure`, `axes` or `within` does not fit the shape.
 
     >>> import jax.numpy as jnp
     >>> print(keep_largest(jnp.array([0.3, -2.0, 0.1, 1.0]), 0.5))
@@ -58,8 +56,7 @@ def keep_largest(
 
     References: Mishra et al., Accelerating Sparse Deep Neural Networks, arXiv:2104.08378, 2021 (N:M).
     """
-    scores = check_weight(scores, "scores")
-    return _kept(scores, sparsity, structure, axes, by_value, within)
+    return _keep_largest(check_weight(scores, "scores"), sparsity, structure, axes, by_value, within)
 
 
 def magnitude_mask(
@@ -67,20 +64,21 @@ def magnitude_mask(
 ) -> jax.Array:
     """The mask that keeps the weights of largest magnitude.
 
-    `keep_largest` of |w|, which is not stored: False at the round(sparsity·n) weights of smallest magnitude.
+    False at the round(sparsity·n) weights of smallest magnitude in each matrix of n weights. The same as
+    `keep_largest(abs(w), ...)`, but |w| is not stored.
 
     Args:
       w: float array of any shape.
-      sparsity: fraction of zeros in [0, 1], a number or a scalar array, or (n, m) for N:M sparsity.
-      structure: what is kept or pruned as one, by its norm.
+      sparsity: fraction of zeros in [0, 1], a number or a scalar array; or (n, m) for N:M sparsity.
+      structure: what is kept or pruned as a whole, by its norm: `Blocks`, `OutputUnits` or `InputUnits`.
       axes: how `w` is read as a matrix, (..., in, out) by default.
 
     Returns:
-      Boolean array of the shape of `w`. NaN ranks above infinity: it is kept longest.
+      Boolean array of the shape of `w`. NaN ranks above infinity, so it is pruned last.
 
     Raises:
-      TypeError: `w` is not a float array, or `sparsity` of the wrong kind.
-      ValueError: `sparsity` is NaN or out of range, or it or `structure` does not fit the shape.
+      TypeError: `w` is not a float array, or `sparsity` is of the wrong type.
+      ValueError: `sparsity` is NaN or out of range, or `sparsity`, `structure` or `axes` does not fit the shape.
 
     >>> import jax.numpy as jnp
     >>> print(magnitude_mask(jnp.array([0.3, -2.0, 0.1, 1.0]), 0.5))
@@ -89,7 +87,7 @@ def magnitude_mask(
     References: Han, Pool, Tran and Dally, Learning both Weights and Connections for Efficient Neural Networks,
     arXiv:1506.02626, 2015.
     """
-    return _kept(check_weight(w), sparsity, structure, axes, by_magnitude, None)
+    return _keep_largest(check_weight(w), sparsity, structure, axes, by_magnitude, within=None)
 
 
 def drop_and_grow(
@@ -101,25 +99,25 @@ def drop_and_grow(
     structure: Structure | None = None,
     axes: Axes | None = None,
 ) -> jax.Array:
-    """The mask with some of the kept weights given up for as many of the others.
+    """One step of dynamic sparse training (SET, RigL): drops some of the kept weights and grows as many others.
 
-    Of the n kept weights of each matrix the round(fraction·n) with the smallest `drop` scores are dropped; then as many
-    are grown, those with the largest `grow` scores of all that are not kept, the dropped ones among them. Of equal
-    scores the one with the lower flat index is pruned.
+    Of the n kept weights of each matrix, the round(fraction·n) with the smallest `drop` scores are dropped. Then as
+    many are grown: of all weights that are not kept, including those just dropped, the ones with the largest `grow`
+    scores. Of equal scores, the weight with the lower flat index is pruned.
 
     Args:
       mask: boolean array of any shape, true where a weight is kept.
-      drop: scores of the weights, float array of the same shape, above −∞.
-      grow: scores of the weights, float array of the same shape.
-      fraction: number in [0, 1], or a scalar array, taken to a multiple of 2⁻²⁴.
-      structure: what is kept or pruned as one, as for `keep_largest`.
+      drop: float array of the same shape, by which weights are dropped, above −∞.
+      grow: float array of the same shape, by which weights are grown.
+      fraction: number in [0, 1], or a scalar array, rounded to a multiple of 2⁻²⁴.
+      structure: what is kept or pruned as a whole, as for `keep_largest`.
       axes: how the weight is read as a matrix, (..., in, out) by default.
 
     Returns:
-      Boolean array of the same shape, with as many true entries. NaN ranks above infinity.
+      Boolean array of the same shape with the same number of true entries. NaN ranks above infinity.
 
     Raises:
-      TypeError: scores are no float arrays, `mask` is not boolean, or `fraction` is not a number.
+      TypeError: `drop` or `grow` is not a float array, `mask` is not boolean, or `fraction` is not a number.
       ValueError: the shapes differ, or `fraction` is out of range.
 
     >>> import jax.numpy as jnp
@@ -127,10 +125,10 @@ def drop_and_grow(
     >>> print(drop_and_grow(mask, w, grad, 0.5))
     [ True False False  True]
 
-    References: Mocanu et al., arXiv:1707.04780, 2017; Evci et al., arXiv:1911.11134, 2019.
+    References: Mocanu et al., arXiv:1707.04780, 2017 (SET); Evci et al., arXiv:1911.11134, 2019 (RigL).
     """
     drop, grow = check_weight(drop, "drop"), check_weight(grow, "grow")
-    mask = check_within(mask, drop.shape, "mask")
+    mask = check_boolean("mask", mask, drop.shape)
     if grow.shape != drop.shape:
         raise ValueError(f"grow must have the shape {drop.shape} of drop, got {grow.shape}: score each weight")
     check_scalar("fraction", fraction, 0, 1)
@@ -138,112 +136,51 @@ def drop_and_grow(
     ratio = jnp.round(jnp.clip(jnp.asarray(fraction, jnp.float32), 0, 1) * 2**24).astype(jnp.uint32)
     ratio = jnp.where(ratio == 2**24, jnp.uint32(2**32 - 1), ratio << 8)
 
+    def smallest(scores, n):
+        return smallest_mask(scores, n, axis=tiles.axis, rank=by_value)
+
     def rewire(mask, drop, grow, ratio):
-        whole, mask, drop, grow = drop, tiles.any(mask), tiles.scores(drop), tiles.scores(grow)
-        n_pruned = count_true(~mask, tiles.axis)
-        n_dropped = scaled(count_true(mask, tiles.axis), ratio)
-        lowest = partial(smallest_mask, axis=tiles.axis, rank=by_value)
-        left = ~lowest(jnp.where(mask, drop, -jnp.inf), n_pruned + n_dropped)
-        return tiles.spread(~lowest(jnp.where(left, jnp.nan, grow), n_pruned), whole)
+        kept = tiles.any(mask)
+        n_pruned, n_dropped = count_true(~kept, tiles.axis), scaled(count_true(kept, tiles.axis), ratio)
+        # −∞ puts the pruned tiles before the dropped ones; NaN ranks highest, so what survives is not pruned.
+        survives = ~smallest(jnp.where(kept, tiles.scores(drop), -jnp.inf), n_pruned + n_dropped)
+        pruned = smallest(jnp.where(survives, jnp.nan, tiles.scores(grow)), n_pruned)
+        return tiles.expand(~pruned, like=drop)
 
     return auto_sharded(rewire, mask, drop, grow, ratio, like=drop)
 
 
-def _kept(scores, sparsity, structure, axes, rank: Rank, within) -> jax.Array:
+def _keep_largest(scores, sparsity: Sparsity, structure, axes, rank: Rank, within) -> jax.Array:
     tiles = Tiles(scores.shape, structure, axes)
     check_sparsity(sparsity, tiles.n_inputs)
-    inside = () if within is None else (check_within(within, scores.shape),)
-    k = None if isinstance(sparsity, tuple) else fraction_of(sparsity, tiles.size)
+    within = None if within is None else check_boolean("within", within, scores.shape)
+    n_pruned = None if isinstance(sparsity, tuple) else fraction_of(sparsity, tiles.n_tiles)
 
-    def keep(scores, k, *inside):
-        units = tiles.scores(scores, inside[0] if inside else None)
+    def keep(scores, n_pruned, within):
+        ranked = tiles.scores(scores, within)
         if isinstance(sparsity, tuple):
-            n, m = sparsity
-            pruned = _all_but_n_of_m(units, n, m, tiles.contracted, rank)
+            pruned = _pruned_by_pattern(ranked, sparsity, tiles.input_axis, rank)
         else:
-            pruned = smallest_mask(units, k, axis=tiles.axis, rank=rank)
-        return tiles.spread(~pruned, scores)
+            pruned = smallest_mask(ranked, n_pruned, axis=tiles.axis, rank=rank)
+        return tiles.expand(~pruned, like=scores)
 
-    return auto_sharded(keep, scores, k, *inside, like=scores)
+    return auto_sharded(keep, scores, n_pruned, within, like=scores)
 
 
-def _all_but_n_of_m(units: jax.Array, n: int, m: int, axis: int, rank: Rank) -> jax.Array:
-    shape = units.shape
-    groups = units.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
+def _pruned_by_pattern(scores: jax.Array, pattern: tuple[int, int], axis: int, rank: Rank) -> jax.Array:
+    """True at the m − n smallest of every m consecutive scores along `axis`, for `pattern` (n, m)."""
+    n, m = pattern
+    shape = scores.shape
+    groups = scores.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
     return smallest_mask(groups, m - n, axis=(axis + 1,), rank=rank).reshape(shape)
 
 
-def check_within(mask, shape: tuple[int, ...], name: str = "within") -> jax.Array:
+def check_boolean(name: str, mask, shape: tuple[int, ...]) -> jax.Array:
     """`mask` as a boolean array of this shape, or an error."""
     if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
         raise TypeError(f"{name} must be boolean, got {jnp.result_type(mask)}: compare it with a number")
     if jnp.shape(mask) != shape:
-        raise ValueError(f"{name} must have the shape {shape} of the scores, got {jnp.shape(mask)}: pass a mask of it")
-    return jnp.asarray(mask)
-
-
-def check_tiling(structure) -> None:
-    """Raises unless `structure` says how a weight is cut into tiles, or is None."""
-    if isinstance(structure, type):
-        raise TypeError(f"structure got the class {structure.__name__}: make an instance, {structure.__name__}(...)")
-    if structure is not None and not callable(getattr(structure, "tile", None)):
-        raise TypeError(f"structure must be Blocks, OutputUnits or InputUnits, got {structure!r}: make an instance")
-
-
-class Tiles:
-    """A weight of a shape cut into what is kept or pruned as one.
-
-    Attributes:
-      axis: the axes over which a count holds, all but those of the batch.
-      size: the number of tiles of one matrix.
-      weights: the number of weights of one tile.
-      reading: the roles of the axes.
-      contracted: the axis along which inputs are consecutive.
-      n_inputs: the number of tiles along it.
-    """
-
-    def __init__(self, shape: tuple[int, ...], structure: Structure | None, axes: Axes | None):
-        self.shape = shape
-        self.reading = r = Reading.of(axes, shape)
-        check_tiling(structure)
-        self.tile = (1,) * len(shape) if structure is None else structure.tile(r, shape)
-        self.units = tuple(n // max(t, 1) for n, t in zip(shape, self.tile, strict=True))
-        self.axis = tuple(a for a in range(len(shape)) if a not in r.batch)
-        self.size = math.prod(self.units[a] for a in self.axis)
-        self.weights = math.prod(self.tile)
-        self.contracted = r.contracted[-1] if r.contracted else 0
-        self.n_inputs = self.units[self.contracted] if r.contracted else 1
-
-    def scores(self, scores: jax.Array, within: jax.Array | None = None) -> jax.Array:
-        """The score of each tile; outside of `within` it is −∞."""
-        if self.weights != 1:
-            scores = auto_sharded(lambda s: safe_norm(s.reshape(self._split()), self._inner), scores)
-            within = None if within is None else self.any(within)
-        return scores if within is None else jnp.where(within, scores, -jnp.inf)
-
-    def any(self, mask: jax.Array) -> jax.Array:
-        """Whether a mask is true anywhere in each tile."""
-        return (
-            auto_sharded(lambda m: jnp.any(m.reshape(self._split()), self._inner), mask) if self.weights != 1 else mask
+        raise ValueError(
+            f"{name} must have the shape {shape} of the scores, got {jnp.shape(mask)}: pass one entry per score"
         )
-
-    def spread(self, mask: jax.Array, like: jax.Array) -> jax.Array:
-        """A mask of tiles as one of the weights that it is to lie like."""
-        if self.weights == 1:
-            return mask
-        outer = [n for pair in zip(self.units, (1,) * len(self.shape), strict=True) for n in pair]
-        wide = lambda mask: jnp.broadcast_to(mask.reshape(outer), self._split()).reshape(self.shape)
-        return auto_sharded(wide, mask, like=like)
-
-    def batch(self, counts: Count) -> Count:
-        """One count for each matrix, in order, as `smallest_mask` takes them."""
-        shape = [1 if a in self.axis else n for a, n in enumerate(self.shape)]
-        return Count(counts.hi.reshape(shape), counts.lo.reshape(shape))
-
-    @property
-    def _inner(self) -> tuple[int, ...]:
-        """The axes within a tile, of the weight that is split."""
-        return tuple(range(1, 2 * len(self.shape), 2))
-
-    def _split(self) -> list[int]:
-        return [n for pair in zip(self.units, self.tile, strict=True) for n in pair]
+    return jnp.asarray(mask)

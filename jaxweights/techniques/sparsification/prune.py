@@ -17,10 +17,10 @@ from jaxweights.numerics.batching import apply_if
 from jaxweights.numerics.straight_through import straight_through
 from jaxweights.techniques.sparsification import scores
 from jaxweights.techniques.sparsification.distribution import Distribution
-from jaxweights.techniques.sparsification.masks import check_tiling, keep_largest
+from jaxweights.techniques.sparsification.masks import keep_largest
 from jaxweights.techniques.sparsification.packed import masked, pack_mask, packed_shape, unpack_mask
 from jaxweights.techniques.sparsification.pattern import check_sparsity
-from jaxweights.techniques.sparsification.structure import Structure
+from jaxweights.techniques.sparsification.structure import Structure, check_tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Prune(JointTransform):
 
     Args:
       sparsity: fraction of zeros in [0, 1], a number or a schedule; or (n, m), to keep n of every m consecutive inputs.
-      score: the largest are kept: one of `jaxweights.scores`, or any function f(w), f(w, grad) or f(w, key) that returns
+      score: keeps the largest: one of `jaxweights.scores`, or any function f(w), f(w, grad) or f(w, key) that returns
         an array of the shape of w.
       structure: what is pruned as a unit, as in `keep_largest`.
       distribution: `Global()` or `ErdosRenyi()`: how the zeros are distributed over the weights that a rule of

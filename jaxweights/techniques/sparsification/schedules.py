@@ -1,4 +1,4 @@
-"""Schedules of sparsity: step -> fraction of zeros, for `Prune`. Any optax schedule is one too."""
+"""Schedules of sparsity for `Prune`: functions step -> fraction of zeros. Any optax schedule works too."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from jaxweights.core.transform import Number
 
 @dataclasses.dataclass(frozen=True)
 class PolynomialSparsity:
-    """Gradual pruning: from `initial` at step `begin` to `final` at step `end`.
+    """Gradual pruning: sparsity moves from `initial` at step `begin` to `final` at step `end`.
 
-    s_t = s_f + (s_i − s_f)·(1 − (t − t₀)/(t₁ − t₀))^power, where t moves `every` steps at once; 0 before `begin`. With
-    `end` = `begin` all at once.
+    s_t = s_f + (s_i − s_f)·(1 − (t − t₀)/(t₁ − t₀))^power, where t advances by `every` steps at a time. Before `begin`
+    sparsity is 0. With `end` = `begin` it jumps to `final`.
 
     >>> schedule = PolynomialSparsity(0.8, 100, 200)
     >>> [round(float(schedule(step)), 3) for step in (0, 100, 150, 200, 300)]
     [0.0, 0.0, 0.7, 0.8, 0.8]
 
-    References: Zhu and Gupta, arXiv:1710.01878, 2017, whose power is 3.
+    References: Zhu and Gupta, arXiv:1710.01878, 2017, who use power 3.
     """
 
     final: float
@@ -42,7 +42,7 @@ class PolynomialSparsity:
         check_integer("every", self.every, 1)
 
     def __call__(self, step: Number) -> jax.Array:
-        """The sparsity at a step."""
+        """Returns the sparsity at `step`."""
         step = jnp.asarray(step, jnp.int32)
         passed = (step - self.begin) // self.every * self.every / max(self.end - self.begin, 1)
         gradual = self.final + (self.initial - self.final) * jnp.clip(1 - passed, 0, 1) ** self.power
@@ -51,9 +51,9 @@ class PolynomialSparsity:
 
 @dataclasses.dataclass(frozen=True)
 class AlternatingSparsity:
-    """AC/DC: from step `begin`, `sparse` steps with the given sparsity and `dense` steps without, by turns.
+    """AC/DC: from step `begin`, phases of `sparse` steps at the given sparsity alternate with `dense` steps at 0.
 
-    From step `end` on it is sparse for good. As the phases change, all weights compete anew.
+    From step `end` on, sparsity stays. Each sparse phase chooses its mask from all weights.
 
     >>> schedule = AlternatingSparsity(0.9, sparse=2, dense=1, begin=1, end=6)
     >>> [round(float(schedule(step)), 1) for step in range(8)]
@@ -78,7 +78,7 @@ class AlternatingSparsity:
         check_integer("end", self.end, self.begin)
 
     def __call__(self, step: Number) -> jax.Array:
-        """The sparsity at a step."""
+        """Returns the sparsity at `step`."""
         step = jnp.asarray(step, jnp.int32)
         sparse = (step >= self.begin) & ((step - self.begin) % (self.sparse + self.dense) < self.sparse)
         return jnp.where(sparse | (step >= self.end), self.sparsity, 0.0)

@@ -1,6 +1,6 @@
-"""How much a weight matters: scores, of which pruning keeps the largest.
+"""Scores: how much each weight matters. Pruning keeps the weights with the largest scores.
 
-A score is a function of the weight, and of `grad` or `key` where it names them: `f(w)`, `f(w, grad)`, `f(w, key)`.
+A score is a function `f(w)`, `f(w, grad)` or `f(w, key)`: it gets the gradient or a random key if it names them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.numerics.sharding import auto_sharded
 
 Score = Callable[..., jax.Array]
-"""A function of a weight, and of `grad` and `key` if it names them, to an array of the weight's shape."""
+"""A function of a weight, and of `grad` and `key` if it names them, that returns an array of the weight's shape."""
 
 
 def magnitude(w: jax.Array) -> jax.Array:
-    """|w|.
+    """The magnitude |w|.
 
     >>> import jax.numpy as jnp
     >>> print(magnitude(jnp.array([-2.0, 1.0])))
@@ -32,7 +32,7 @@ def magnitude(w: jax.Array) -> jax.Array:
 
 
 def gradient(w: jax.Array, grad: jax.Array) -> jax.Array:
-    """|∂L/∂w|, of which a pruned weight has one too: what RigL grows by.
+    """The magnitude of the gradient |∂L/∂w|, which pruned weights have too: RigL grows by it.
 
     >>> import jax.numpy as jnp
     >>> print(gradient(jnp.zeros(2), jnp.array([0.5, -3.0])))
@@ -42,7 +42,7 @@ def gradient(w: jax.Array, grad: jax.Array) -> jax.Array:
 
 
 def random(w: jax.Array, key: jax.Array) -> jax.Array:
-    """A uniform draw for each weight.
+    """A uniform random number for each weight: SET grows by it.
 
     >>> import jax, jax.numpy as jnp
     >>> random(jnp.ones((2, 3)), jax.random.key(0)).shape
@@ -52,10 +52,10 @@ def random(w: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def saliency(w: jax.Array, grad: jax.Array) -> jax.Array:
-    """|w·∂L/∂w|, the change of the loss if the weight were removed, to first order; in float32 or wider.
+    """|w·∂L/∂w|: to first order, the change of the loss if the weight is removed. In float32 or wider.
 
-    On the gradients of one batch at the initial weights, with one threshold for all of them (`Global()`), this is SNIP:
-    its connection sensitivities are the same numbers, divided by their sum.
+    With the gradients of one batch at the initial weights and one threshold for all of them (`Global()`), this is SNIP:
+    its connection sensitivities are these scores divided by their sum.
 
     >>> import jax.numpy as jnp
     >>> print(saliency(jnp.array([-2.0, 1.0]), jnp.array([0.5, 3.0])))
@@ -71,27 +71,28 @@ def saliency(w: jax.Array, grad: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=256)
 def needs(score: Score) -> frozenset[str]:
-    """What the score names beside the weight, or an error."""
+    """Which of `grad` and `key` the score takes, or an error if it takes anything else."""
     if not callable(score):
         raise TypeError(f"score must be a function of a weight, got {score!r}: pass jaxweights.scores.magnitude")
     names = list(inspect.signature(score).parameters)[1:]
     if unknown := set(names) - {"grad", "key"}:
-        raise TypeError(f"score may name grad and key beside the weight, got {sorted(unknown)}: write f(w, grad)")
+        raise TypeError(f"score may take grad and key besides the weight, got {sorted(unknown)}: write f(w, grad)")
     return frozenset(names)
 
 
 def evaluate(score: Score, w: jax.Array, state: State, grad: jax.Array | None) -> jax.Array:
-    """The score of a weight; of a random one, that of the `step` and the `seed` of the state."""
-    name, more = getattr(score, "__name__", repr(score)), {}
+    """Evaluates a score of `w`, a random one with a key derived from the `seed` and the `step` of the state."""
+    name, arguments = getattr(score, "__name__", repr(score)), {}
     if "grad" in needs(score):
         if grad is None:
-            raise ValueError(f"the score {name} needs the gradients: call update(w, state, grad)")
-        more["grad"] = grad
+            remedy = "call update(w, state, grad), or in an optax chain use confine"
+            raise ValueError(f"the score {name} needs the gradients: {remedy}")
+        arguments["grad"] = grad
     if "key" in needs(score):
         check_state(state, seed=(2,))
         key = jax.random.wrap_key_data(state["seed"], impl="threefry2x32")
-        more["key"] = jax.random.fold_in(key, state.get("step", 0))
-    scored = check_weight(score(w, **more), f"the result of the score {name}")
+        arguments["key"] = jax.random.fold_in(key, state.get("step", 0))
+    scored = check_weight(score(w, **arguments), f"the result of the score {name}")
     if scored.shape != w.shape:
         raise ValueError(f"the score {name} must have the shape {w.shape} of w, got {scored.shape}: score each weight")
     return scored

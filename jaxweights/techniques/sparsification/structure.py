@@ -1,4 +1,4 @@
-"""What is pruned as one: blocks of the matrix, output units, input units."""
+"""Structured sparsity: blocks, output units or input units, each kept or pruned as a whole."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Structure(Protocol):
     """How a weight is cut into tiles that are kept or pruned as a whole."""
 
     def tile(self, r: Reading, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The length of a tile along each axis, a divisor of that of the weight."""
+        """Returns the length of a tile along each axis, a divisor of the length of the weight."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Blocks of so many inputs by so many output units of the matrix, at each position of a convolution's window.
+    """Blocks of `height` inputs by `width` output units, at each position of a convolution's window.
 
     >>> import jax.numpy as jnp
     >>> import jaxweights as jw
@@ -39,40 +39,52 @@ class Blocks:
         check_integer("width", self.width, 1)
 
     def tile(self, r: Reading, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`height` along the last input axis, `width` along the last output axis."""
-        sizes = [1] * len(shape)
-        for what, axes, size, groups in (
+        """Returns `height` along the last input axis and `width` along the last output axis, 1 along the others."""
+        tile = [1] * len(shape)
+        for role, axes, length, n_groups in (
             ("input", r.input, self.height, 1),
             ("output", r.output, self.width, r.groups),
         ):
-            n = shape[axes[-1]] // groups if axes else 1
-            if n % size:
+            n = shape[axes[-1]] // n_groups if axes else 1
+            if n % length:
                 raise ValueError(
-                    f"{self} does not fit the {n} entries of the {what} axis of a weight of shape {shape}: "
+                    f"{self} does not fit the {n} entries of the {role} axis of a weight of shape {shape}: "
                     f"choose a divisor of {n}"
                 )
             if axes:
-                sizes[axes[-1]] = size
-        return tuple(sizes)
+                tile[axes[-1]] = length
+        return tuple(tile)
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputUnits:
-    """Whole output units: columns of the matrix, channels that a convolution makes.
+    """Whole output units: columns of the matrix, filters of a convolution.
 
     References: Li, Kadav, Durdanovic, Samet and Graf, Pruning Filters for Efficient ConvNets, arXiv:1608.08710, 2016.
     """
 
     def tile(self, r: Reading, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """All of the contracted axes."""
+        """Returns the full length along the contracted axes, 1 along the others."""
         return tuple(n if a in r.contracted else 1 for a, n in enumerate(shape))
 
 
 @dataclasses.dataclass(frozen=True)
 class InputUnits:
-    """Whole input units: rows of the matrix, channels that a convolution reads."""
+    """Whole input units: rows of the matrix, input channels of a convolution."""
 
     def tile(self, r: Reading, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """All of the window and output axes, of the latter the run that belongs to one group."""
-        full = lambda a: shape[a] // r.groups if a in r.output else shape[a]
-        return tuple(full(a) if a in (*r.window, *r.output) else 1 for a in range(len(shape)))
+        """Returns the full length along the window and output axes, or one group of the output axis."""
+        tile = [1] * len(shape)
+        for a in r.window:
+            tile[a] = shape[a]
+        for a in r.output:
+            tile[a] = shape[a] // r.groups
+        return tuple(tile)
+
+
+def check_tiling(structure) -> None:
+    """Raises unless `structure` is None or has a method `tile`."""
+    if isinstance(structure, type):
+        raise TypeError(f"structure got the class {structure.__name__}: make an instance, {structure.__name__}(...)")
+    if structure is not None and not callable(getattr(structure, "tile", None)):
+        raise TypeError(f"structure must be Blocks, OutputUnits or InputUnits, got {structure!r}: make an instance")

@@ -1,8 +1,9 @@
-"""Sparsification by a threshold on the magnitude."""
+"""Hard thresholding: sparsification by a threshold on the magnitude."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 def sparsify(w: jax.Array, threshold: Number) -> jax.Array:
     """Sets weights of magnitude below a threshold to zero (hard thresholding).
 
-    w' = w if |w| >= τ else 0; τ is `threshold` in the dtype of `w`.
+    w' = w if |w| >= τ else 0, where τ is `threshold` rounded to the dtype of `w`.
 
     Args:
       w: float array of any shape.
@@ -25,7 +26,7 @@ def sparsify(w: jax.Array, threshold: Number) -> jax.Array:
       Array of the shape and dtype of `w`. The gradient is 1 where `w` is kept, else 0. NaN becomes 0.
 
     Raises:
-      TypeError: `w` is not a float array, or `threshold` not a number.
+      TypeError: `w` is not a float array, or `threshold` is not a number.
       ValueError: `threshold` is negative or NaN.
 
     >>> import jax.numpy as jnp
@@ -40,7 +41,7 @@ def sparsify(w: jax.Array, threshold: Number) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Sparsify(Transform):
-    """Sets weights below a threshold to zero. State: none, unless `threshold` is a schedule.
+    """Sets weights of magnitude below a threshold to zero. State: none, unless `threshold` is a schedule.
 
     >>> import jax.numpy as jnp
     >>> print(Sparsify(0.5).apply(jnp.array([-0.7, 0.2]), {}))
@@ -48,6 +49,7 @@ class Sparsify(Transform):
     """
 
     threshold: Scalar
+    scheduled: ClassVar[frozenset[str]] = frozenset({"threshold"})
 
     def __post_init__(self):
         check_scalar("threshold", self.threshold, 0, schedule=True)

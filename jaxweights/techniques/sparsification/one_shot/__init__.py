@@ -1,1 +1,1 @@
-"""Pruning in one shot, with statistics of the inputs of each layer."""
+"""One-shot pruning with statistics of the inputs of each layer."""

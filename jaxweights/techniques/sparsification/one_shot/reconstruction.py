@@ -1,8 +1,9 @@
-"""Repair: the weights that are kept, adjusted to make up for those that are not."""
+"""Least-squares reconstruction: the kept weights, adjusted to make up for the pruned ones."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,11 @@ from jaxweights.techniques.sparsification.one_shot.second_moment import inverse_
 def reconstruct(
     w: jax.Array, mask: jax.Array, second_moment: jax.Array, *, axes: Axes | None = None, n_steps: int = 200
 ) -> jax.Array:
-    """The masked weight whose outputs are closest to those of the whole one.
+    """Adjusts the kept weights so that the outputs come as close as possible to those of the dense weight.
 
-    argmin E‖(W' − W)ᵀx‖² over all W' that are 0 where `mask` is false: for each output unit least squares on the inputs
-    that it keeps. By conjugate gradients on these inputs, for all units at once, preconditioned by the inverse of
-    the whole second moment; so there is nothing larger than that, and no matrix per unit.
+    argmin E‖(W' − W)ᵀx‖² over all W' that are 0 where `mask` is false: for each output unit, least squares on the
+    inputs that it keeps. All units are solved at once by conjugate gradients, preconditioned by the inverse of the
+    full second moment, so no matrix per unit is formed.
 
     Args:
       w: float array of any shape, the weight before pruning.
@@ -28,14 +29,15 @@ def reconstruct(
       second_moment: E[xxᵀ] of the inputs, or a multiple of it, float array (*batch, [groups,] rows, rows), as in
         the `InputStats` that `capture` returns.
       axes: how `w` is read as a matrix, (..., in, out) by default. `InputStats` has it.
-      n_steps: the most steps; it stops before when nothing more is to be had in float32.
+      n_steps: maximum number of steps. The search stops earlier once it is accurate to the rounding of float32.
 
     Returns:
-      Array of the shape and dtype of `w`, 0 where `mask` is false. Where inputs determine each other, of many best
-      weights one near `w`. NaN or infinity in `w` or `second_moment` makes NaN.
+      Array of the shape and dtype of `w`, 0 where `mask` is false. If inputs are linearly dependent, there are many
+      minimizers, and the result is one near `w`. NaN or infinity in `w` or `second_moment` makes NaN.
 
     Raises:
-      TypeError: `w` or `second_moment` is not a float array, `mask` not a boolean one, or `n_steps` not an integer.
+      TypeError: `w` or `second_moment` is not a float array, `mask` is not a boolean array, or `n_steps` is not an
+        integer.
       ValueError: a shape or `axes` does not fit, or `n_steps` is negative.
 
     >>> import jax.numpy as jnp
@@ -56,32 +58,52 @@ def reconstruct(
 
 
 _TOLERANCE = 1e-5
-"""Of the correction, measured by the outputs: a unit whose next one is smaller is done. Rounding has the rest."""
+"""A unit is done when its next correction, measured in the outputs, is this small relative to the first one."""
+
+
+class _Search(NamedTuple):
+    """The state of preconditioned conjugate gradients, one search per column."""
+
+    step: int | jax.Array
+    v: jax.Array
+    residual: jax.Array
+    direction: jax.Array
+    decrement: jax.Array  # residualᵀ·M·residual, M the preconditioner
 
 
 @partial(jax.jit, static_argnames="n_steps")
 def _solve(w: jax.Array, h: jax.Array, mask: jax.Array, *, n_steps: int) -> jax.Array:
     """Conjugate gradients for H_SS·v_S = (H·w)_S, S the kept rows of each column, from v = w on S."""
-    kept = lambda m: jnp.where(mask, m, 0)
-    times = lambda a, b: jnp.matmul(a, b, precision="highest")
-    dot = lambda a, b: jnp.sum(a * b, 0)
+
+    def matmul(a, b):
+        return jnp.matmul(a, b, precision="highest")
+
+    def dot(a, b):
+        return jnp.sum(a * b, 0)
+
+    def keep(m):
+        return jnp.where(mask, m, 0)
+
     u = inverse_factor(h, 0.01)
-    inverse = times(u.T, u)
+    inverse = matmul(u.T, u)
+    v = keep(w)
+    residual = keep(matmul(h, w - v))
+    direction = keep(matmul(inverse, residual))
+    start = _Search(0, v, residual, direction, dot(residual, direction))
 
-    v = kept(w)
-    residual = kept(times(h, w - v))
-    steep = kept(times(inverse, residual))
-    start = dot(residual, steep)
-    going = lambda size: size > _TOLERANCE**2 * start
+    def unfinished(s):
+        return s.decrement > _TOLERANCE**2 * start.decrement
 
-    def step(state):
-        i, v, residual, direction, size = state
-        change = kept(times(h, direction))
-        length = jnp.where(going(size), safe_divide(size, dot(direction, change)), 0)
-        v, residual = v + length * direction, residual - length * change
-        steep = kept(times(inverse, residual))
-        new = dot(residual, steep)
-        return i + 1, v, residual, steep + safe_divide(new, size) * direction, new
+    def more(s):
+        return (s.step < n_steps) & jnp.any(unfinished(s))
 
-    more = lambda state: (state[0] < n_steps) & jnp.any(going(state[-1]))
-    return jax.lax.while_loop(more, step, (0, v, residual, steep, start))[1]
+    def step(s):
+        change = keep(matmul(h, s.direction))
+        length = jnp.where(unfinished(s), safe_divide(s.decrement, dot(s.direction, change)), 0)
+        v, residual = s.v + length * s.direction, s.residual - length * change
+        steepest = keep(matmul(inverse, residual))
+        decrement = dot(residual, steepest)
+        direction = steepest + safe_divide(decrement, s.decrement) * s.direction
+        return _Search(s.step + 1, v, residual, direction, decrement)
+
+    return jax.lax.while_loop(more, step, start).v

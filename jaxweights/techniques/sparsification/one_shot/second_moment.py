@@ -1,4 +1,4 @@
-"""Weights beside the second moment E[xxᵀ] of their inputs: matrices with their own, and its inverse by factors."""
+"""What one-shot methods share: functions of a weight and the second moment E[xxᵀ] of its inputs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from jaxweights.numerics.sharding import auto_sharded
 def with_second_moment(
     f: Callable[..., Any], w: jax.Array, second_moment: jax.Array, *others: jax.Array, axes: Axes | None
 ) -> Any:
-    """f(matrix, second_moment, *others) for each matrix of a weight, its results laid out as the weight.
+    """Applies f(matrix, second_moment, *others) to each matrix of a weight and lays out the results like the weight.
 
     Args:
-      f: a function of a matrix (rows, columns), of (rows, rows), both in float32 or wider, and of the others as they
-        are, to a pytree of matrices (rows, columns).
+      f: function of a matrix (rows, columns) and its second moment (rows, rows), both in float32 or wider, and of the
+        matrices of `others` in their own dtypes. It returns a pytree of matrices (rows, columns).
       w: float array of any shape.
       second_moment: float array (*batch, [groups,] rows, rows).
       *others: arrays of the shape of `w`.
-      axes: how `w` is read as matrices.
+      axes: how `w` is read as a matrix.
+
+    Returns:
+      The pytree that `f` returns, of arrays of the shape of `w`.
 
     Raises:
       TypeError: `second_moment` is not a float array.
-      ValueError: its shape does not fit, or `axes` does not fit `w`.
+      ValueError: `second_moment` or `axes` does not fit the shape of `w`.
     """
     axes = axes_or_default(axes, w.ndim)
     *batch, rows, _ = jax.eval_shape(axes.matrix, w).shape
@@ -41,31 +44,35 @@ def with_second_moment(
             f"{second_moment.shape}: take it, and axes, from what capture returns for this weight"
         )
 
-    def run(w, second_moment, *others):
-        g = lambda m, h, *o: f(m.astype(accumulation_dtype(w.dtype)), h.astype(accumulation_dtype(h.dtype)), *o)
-        for _ in batch:
-            g = jax.vmap(g)
-        out = g(axes.matrix(w), second_moment, *map(axes.matrix, others))
-        return jax.tree.map(lambda m: axes.weight(m, w.shape), out)
+    def one_matrix(matrix, h, *others):
+        return f(matrix.astype(accumulation_dtype(w.dtype)), h.astype(accumulation_dtype(h.dtype)), *others)
 
-    return auto_sharded(run, w, second_moment, *others, like=w)
+    def all_matrices(w, second_moment, *others):
+        mapped = one_matrix
+        for _ in batch:
+            mapped = jax.vmap(mapped)
+        results = mapped(axes.matrix(w), second_moment, *map(axes.matrix, others))
+        return jax.tree.map(lambda m: axes.weight(m, w.shape), results)
+
+    return auto_sharded(all_matrices, w, second_moment, *others, like=w)
 
 
 def inverse_factor(h: jax.Array, damping: float | jax.Array) -> jax.Array:
     """The upper triangular U with UᵀU = (H + λI)⁻¹, λ = damping·mean(diag H), of a symmetric H.
 
-    A feature that never occurs, H_jj = 0, has the mean in place of its 0, and so has nothing to do with the others.
-    H is scaled to 1 first, so that none is too large or too small.
+    An input that never occurs, H_jj = 0, gets the mean in place of this 0, which decouples it from the others. The mean
+    is taken over the other inputs. H is divided by it first, against overflow and underflow.
     """
     diagonal = jnp.diagonal(h)
     dead = diagonal <= 0
     mean = jnp.sum(jnp.where(dead, 0, diagonal)) / jnp.maximum(jnp.sum(~dead), 1)
     mean = jnp.where(mean > 0, mean, 1)
     h = h / mean + jnp.diag(dead + jnp.asarray(damping, h.dtype))
-    # H = RRᵀ with an upper triangular R, which is the Cholesky factor from the last row up. Then U = R⁻¹.
+    # H = RRᵀ with R upper triangular: the Cholesky factor of H in reverse order of rows and columns. Then U = R⁻¹.
     return map_matrices(_inverse_cholesky, h) / jnp.sqrt(mean)
 
 
 def _inverse_cholesky(h: jax.Array) -> jax.Array:
+    """R⁻¹ with H = RRᵀ."""
     r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     return jax.scipy.linalg.solve_triangular(r, jnp.eye(len(h), dtype=h.dtype), lower=False)

@@ -1,4 +1,4 @@
-"""SparseGPT: pruning row by row, each time with the rest of the weights adjusted to make up for it."""
+"""SparseGPT: pruning input by input; after each, the remaining weights are updated to make up for it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def sparsegpt(
     damping: Number = 0.01,
     block: int = 128,
 ) -> tuple[jax.Array, jax.Array]:
-    """Prunes a weight with little change to its outputs on the inputs it was calibrated with.
+    """Prunes a weight so that the layer's outputs on the calibration data change little (SparseGPT).
 
-    With H = E[xxᵀ] + λI and UᵀU = H⁻¹, U upper triangular, the inputs i are gone through in order. Of the weights
-    of a block of inputs those of least (w/U_ii)² are pruned, and what that costs is made up for by the inputs still to
-    come: w_j ← w_j − U_ij·w_i/U_ii for j > i, in the output units in which w_i is pruned.
+    Let H = E[xxᵀ] + λI and UᵀU = H⁻¹ with U upper triangular. The inputs i are visited in order. Of the weights of a
+    block of inputs, those of smallest (w/U_ii)² are pruned, and the inputs after i are updated to make up for it:
+    w_j ← w_j − U_ij·w_i/U_ii for j > i, in the output units in which w_i is pruned.
 
     Args:
       w: float array of any shape.
@@ -40,15 +40,15 @@ def sparsegpt(
         inputs of each output unit.
       axes: how `w` is read as a matrix, (..., in, out) by default. `InputStats` has it.
       damping: λ as a fraction of the mean of the diagonal.
-      block: number of inputs among which the pruned are chosen at once, and whose effect on the others is summed up.
+      block: number of inputs for which the mask is chosen at once, and whose updates of later inputs are summed up.
 
     Returns:
-      (w', mask): the new weights, in the shape and dtype of `w`, and where they are kept, boolean. The count of zeros
-      is round(sparsity·n), n the size of a matrix, exactly, and so it is at the end of each block. An input that never
-      occurs has its weights set to 0. NaN or infinity in `w` or `second_moment` makes NaN.
+      (w', mask): the new weight in the shape and dtype of `w`, and a boolean array, true where a weight is kept. Of the
+      n weights of a matrix exactly round(sparsity·n) are pruned, and after each block the same fraction of the weights
+      so far. The weights of an input that never occurs become 0. NaN or infinity in `w` or `second_moment` makes NaN.
 
     Raises:
-      TypeError: `w` or `second_moment` is not a float array, or a number is of the wrong kind.
+      TypeError: `w` or `second_moment` is not a float array, or a number is of the wrong type.
       ValueError: a shape or `axes` does not fit, or a number is out of range.
 
     >>> import jax.numpy as jnp
@@ -67,55 +67,61 @@ def sparsegpt(
     check_sparsity(sparsity, rows)
     if w.size == 0:
         return w, jnp.ones(w.shape, bool)
-    group = None
+    pattern = None
     if isinstance(sparsity, tuple):
-        group, sparsity = sparsity, 0.0
-        block = max(1, block // group[1]) * group[1]
+        pattern, sparsity = sparsity, 0.0
+        _, m = pattern
+        block = max(1, block // m) * m
     block = min(block, rows)
-    ends = [round_half_up(sparsity, min(i, rows) * columns) for i in range(0, rows + block, block)]
-    counts = [b - a for a, b in itertools.pairwise(ends)]
-    prune = partial(_prune, counts=jnp.array(counts, jnp.int32), damping=damping, group=group, block=block)
+    zeros = [round_half_up(sparsity, min(i, rows) * columns) for i in range(0, rows + block, block)]
+    n_pruned = jnp.array([b - a for a, b in itertools.pairwise(zeros)], jnp.int32)
+    prune = partial(_prune, n_pruned=n_pruned, damping=damping, pattern=pattern, block=block)
     new, mask = with_second_moment(prune, w, second_moment, axes=axes)
     return new.astype(w.dtype), mask
 
 
-@partial(jax.jit, static_argnames=("group", "block"))
-def _prune(w, h, counts, damping, *, group: tuple[int, int] | None, block: int):
-    """(w', mask) of one matrix."""
+@partial(jax.jit, static_argnames=("pattern", "block"))
+def _prune(w, h, n_pruned, damping, *, pattern: tuple[int, int] | None, block: int):
+    """(w', mask) of one matrix. `n_pruned` has the count of each block; with a pattern it is not used."""
     rows, columns = w.shape
-    n_blocks = len(counts)
-    rest = n_blocks * block - rows
-    # What is added to fill the last block has no effect on the rest, and is chosen last.
-    u = jnp.pad(inverse_factor(h, damping), ((0, rest), (0, rest))).astype(w.dtype)
-    scale = jnp.diagonal(u) + (jnp.arange(len(u)) >= rows)
-    w = jnp.pad(jnp.where((jnp.diagonal(h) > 0)[:, None], w, 0), ((0, rest), (0, 0)))
+    n_blocks = len(n_pruned)
+    n_padding = n_blocks * block - rows
+    # Rows that pad the last block have no effect on the others and are pruned last.
+    u = jnp.pad(inverse_factor(h, damping), ((0, n_padding), (0, n_padding))).astype(w.dtype)
+    index = jnp.arange(len(u))
+    diagonal = jnp.diagonal(u) + (index >= rows)
+    w = jnp.pad(jnp.where((jnp.diagonal(h) > 0)[:, None], w, 0), ((0, n_padding), (0, 0)))
 
-    def one_block(w, numbered):
-        start, count = numbered
-        part = jax.lax.dynamic_slice_in_dim(w, start, block)
-        ahead = jax.lax.dynamic_slice_in_dim(u, start, block)
-        scales = jax.lax.dynamic_slice_in_dim(scale, start, block)
-        within = jax.lax.dynamic_slice_in_dim(ahead, start, block, 1)
-        added = start + jnp.arange(block) >= rows
-        scores = jnp.where(added[:, None], jnp.inf, jnp.abs(part) / scales[:, None])
+    def prune_block(w, start_and_count):
+        start, count = start_and_count
+        block_w = jax.lax.dynamic_slice_in_dim(w, start, block)
+        block_u = jax.lax.dynamic_slice_in_dim(u, start, block)
+        u_within = jax.lax.dynamic_slice_in_dim(block_u, start, block, 1)
+        u_ii = jax.lax.dynamic_slice_in_dim(diagonal, start, block)
+        padding = start + jnp.arange(block) >= rows
+        scores = jnp.where(padding[:, None], jnp.inf, jnp.abs(block_w) / u_ii[:, None])
         mask = ~smallest_mask(scores, count)
 
-        def one_row(i, state):
-            part, mask, errors = state
-            if group is not None:
-                n, m = group
-                those = lambda a: jax.lax.dynamic_slice_in_dim(a, i, m)
-                chosen = lambda: ~smallest_mask(jnp.abs(those(part)) / those(scales)[:, None], m - n, axis=(0,))
-                choose = lambda: jax.lax.dynamic_update_slice_in_dim(mask, chosen(), i, 0)
-                mask = jax.lax.cond(i % m == 0, choose, lambda: mask)
-            error = jnp.where(mask[i], 0, part[i]) / scales[i]
-            part = part - within[i][:, None] * error
-            return part, mask, errors.at[i].set(error)
+        def choose_group(block_w, mask, i, *, n, m):
+            """Chooses the mask of inputs i to i + m − 1."""
+            group_w, group_u = (jax.lax.dynamic_slice_in_dim(a, i, m) for a in (block_w, u_ii))
+            chosen = ~smallest_mask(jnp.abs(group_w) / group_u[:, None], m - n, axis=(0,))
+            return jax.lax.dynamic_update_slice_in_dim(mask, chosen, i, 0)
 
-        part, mask, errors = jax.lax.fori_loop(0, block, one_row, (part, mask, jnp.zeros_like(part)))
-        later = jnp.where(jnp.arange(len(u)) < start + block, 0, ahead)
-        w = w - jnp.matmul(later.T, errors, precision="highest")
-        return jax.lax.dynamic_update_slice_in_dim(w, jnp.where(mask, part, 0), start, 0), mask
+        def prune_row(i, state):
+            block_w, mask, errors = state
+            if pattern is not None:
+                n, m = pattern
+                choose = partial(choose_group, n=n, m=m)
+                mask = jax.lax.cond(i % m == 0, choose, lambda block_w, mask, i: mask, block_w, mask, i)
+            error = jnp.where(mask[i], 0, block_w[i]) / u_ii[i]
+            return block_w - u_within[i][:, None] * error, mask, errors.at[i].set(error)
 
-    w, masks = jax.lax.scan(one_block, w, (block * jnp.arange(n_blocks), counts))
+        start_state = (block_w, mask, jnp.zeros_like(block_w))
+        block_w, mask, errors = jax.lax.fori_loop(0, block, prune_row, start_state)
+        u_later = jnp.where(index < start + block, 0, block_u)
+        w = w - jnp.matmul(u_later.T, errors, precision="highest")
+        return jax.lax.dynamic_update_slice_in_dim(w, jnp.where(mask, block_w, 0), start, 0), mask
+
+    w, masks = jax.lax.scan(prune_block, w, (block * jnp.arange(n_blocks), n_pruned))
     return w[:rows], masks.reshape(n_blocks * block, columns)[:rows]

@@ -1,4 +1,4 @@
-"""Wanda: pruning by weights and the size of what they are multiplied by."""
+"""Wanda: pruning by weights and activations."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsit
 
 
 def wanda_mask(w: jax.Array, norm: jax.Array, sparsity: Sparsity, *, axes: Axes | None = None) -> jax.Array:
-    """The mask that keeps, in each output unit, the weights that matter most for its output.
+    """The mask that keeps, in each output unit, the weights that matter most for its output (Wanda).
 
-    False where |W_ij|·‖x_i‖₂ is smallest among the inputs i of output j: at round(sparsity·n_in) of them, half a
-    weight rounded up, or at m − n of every m consecutive ones. Of equal scores the first in order goes first.
+    False where the score |W_ij|·‖x_i‖₂ is smallest among the inputs i of output unit j: at round(sparsity·n_in) of
+    them, halves rounded up, or at m − n of every m consecutive inputs. Of equal scores, the first is pruned first.
 
     Args:
       w: float array of any shape.
       norm: ‖x_i‖₂ of each input over the calibration data, float array (*batch, [groups,] rows), as in the `InputStats`
         that `capture` returns.
-      sparsity: fraction of zeros in [0, 1], a number or a scalar array; or (n, m), to keep n of every m.
+      sparsity: fraction of zeros in [0, 1], a number or a scalar array; or (n, m), to keep n of every m consecutive
+        inputs.
       axes: how `w` is read as a matrix, (..., in, out) by default. `InputStats` has it.
 
     Returns:
-      Boolean array of the shape of `w`, true where a weight is kept. A score of NaN ranks above infinity.
+      Boolean array of the shape of `w`, true where a weight is kept. NaN ranks above infinity, so it is pruned last.
 
     Raises:
-      TypeError: `w` or `norm` is not a float array, or `sparsity` is of the wrong kind.
+      TypeError: `w` or `norm` is not a float array, or `sparsity` is of the wrong type.
       ValueError: a shape or `axes` does not fit, or `sparsity` is out of range.
 
     >>> import jax.numpy as jnp
@@ -61,20 +62,20 @@ def wanda_mask(w: jax.Array, norm: jax.Array, sparsity: Sparsity, *, axes: Axes 
 def _mask(w: jax.Array, norm: jax.Array, axes: Axes, sparsity: Sparsity) -> jax.Array:
     shape = w.shape
     w, r = Reading.of(axes, shape).split_groups(w)
-    scores = jnp.abs(w).astype(accumulation_dtype(w.dtype)) * _laid_out(
-        norm.astype(accumulation_dtype(norm.dtype)), r, w.shape
-    )
+    norm = _broadcastable(norm.astype(accumulation_dtype(norm.dtype)), r, w.shape)
+    scores = jnp.abs(w).astype(accumulation_dtype(w.dtype)) * norm
     if not isinstance(sparsity, tuple):
         n_inputs = math.prod(w.shape[a] for a in r.contracted)
         return ~smallest_mask(scores, fraction_of(sparsity, n_inputs), axis=r.contracted).reshape(shape)
     n, m = sparsity
     matrix = axes.matrix(scores.reshape(shape))
     groups = matrix.reshape(*matrix.shape[:-2], -1, m, matrix.shape[-1])
-    return axes.weight((~smallest_mask(groups, m - n, axis=(-2,), rank=by_value)).reshape(matrix.shape), shape)
+    mask = ~smallest_mask(groups, m - n, axis=(-2,), rank=by_value)
+    return axes.weight(mask.reshape(matrix.shape), shape)
 
 
-def _laid_out(rows: jax.Array, r: Reading, shape: tuple[int, ...]) -> jax.Array:
-    """An array (*batch, rows) as one that broadcasts to a weight of this shape."""
+def _broadcastable(rows: jax.Array, r: Reading, shape: tuple[int, ...]) -> jax.Array:
+    """An array (*batch, rows), reshaped to broadcast to a weight of this shape."""
     order = (*r.batch, *r.contracted)
-    laid = jnp.transpose(rows.reshape([shape[a] for a in order]), [order.index(a) for a in sorted(order)])
-    return jnp.expand_dims(laid, r.output)
+    split = rows.reshape([shape[a] for a in order])
+    return jnp.expand_dims(jnp.transpose(split, [order.index(a) for a in sorted(order)]), r.output)

@@ -1,4 +1,4 @@
-"""Sparse weights in storage: the entries that a mask keeps, and where they are."""
+"""Sparse storage: the kept entries of a weight and their positions."""
 
 from jaxweights.techniques.sparsification.storage.blocks import BlockSparseArray, pack_blocks
 from jaxweights.techniques.sparsification.storage.coordinates import to_bcoo, to_csr

@@ -1,4 +1,4 @@
-"""Block-sparse storage: the dense blocks of a matrix that are kept, and where they are."""
+"""Block-sparse storage (BSR): the kept blocks of a matrix, dense, and their positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxweights.core.axes import Axes, axes_or_default
 from jaxweights.core.checks import check_integer
 from jaxweights.core.stored import nbytes, product
-from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, loud
+from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, nan_unless
 
 
 @functools.partial(
@@ -19,12 +19,12 @@ from jaxweights.techniques.sparsification.storage.kept import capacity, kept_mat
 )
 @dataclasses.dataclass(frozen=True)
 class BlockSparseArray:
-    """A weight stored as the blocks of its matrix that are not all zero. A pytree node.
+    """A weight stored as the blocks of its matrix in which anything is kept. A pytree node.
 
     Attributes:
-      blocks: float array (blocks, height, width), in order of their columns, then of their rows.
-      rows: int32 array (blocks,): the block row of each, that is, its first row over the height.
-      columns: int32 array (blocks,): the block column of each. Beyond the last for blocks that are not in use.
+      blocks: float array (n_blocks, height, width), ordered by block column, then by block row.
+      rows: int32 array (n_blocks,), the block row of each: its first row divided by the height.
+      columns: int32 array (n_blocks,), the block column of each; one past the last for unused blocks.
       shape: shape of the weight.
       axes: how it is read as a matrix.
     """
@@ -42,12 +42,12 @@ class BlockSparseArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of blocks and places."""
+        """Bytes of the blocks and their positions."""
         return nbytes(self)
 
     @jax.jit
     def todense(self) -> jax.Array:
-        """The weight, bit for bit what was packed; a block that was not kept is +0."""
+        """Returns the weight: kept blocks bit for bit, the others +0."""
         axes = axes_or_default(self.axes, len(self.shape))
         n_rows, n_columns = self._matrix_shape()
         _, height, width = self.blocks.shape
@@ -56,7 +56,7 @@ class BlockSparseArray:
         return axes.weight(grid.swapaxes(1, 2).reshape(n_rows, n_columns), self.shape)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        """x @ w: each block times its part of x, added up by block column."""
+        """Returns x @ w: each block is multiplied by its part of x, and the products are summed by block column."""
         return product(x, self, self._times)
 
     @jax.jit
@@ -81,22 +81,22 @@ def pack_blocks(
     n_blocks: int | None = None,
     axes: Axes | None = None,
 ) -> BlockSparseArray:
-    """Stores the blocks of a weight in which anything is kept.
+    """Stores a weight as the blocks of its matrix in which anything is kept.
 
     Args:
       w: float array of any shape, without batch axes.
       mask: boolean array of the shape of `w`, true where a weight is kept; by default where `w` is not 0.
-      block: (height, width) of a block, which must divide the rows and the columns of `w`, read as a matrix.
-      n_blocks: how many blocks to store; by default those that there are. Under jit it must be given.
+      block: (height, width) of a block. They must divide the numbers of rows and columns of `w`, read as a matrix.
+      n_blocks: number of blocks to allocate, by default as many as are kept. Required under jit.
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
     Returns:
-      A `BlockSparseArray`. It gives `where(mask, w, 0)` back bit for bit; without a mask -0.0 counts as 0 and NaN is
-      kept. Under jit all of it becomes NaN if `n_blocks` is too small.
+      A `BlockSparseArray`. Its `todense()` is `where(mask, w, 0)` bit for bit. Without a mask, -0.0 counts as 0 and NaN
+      is kept. Under jit, all blocks become NaN if `n_blocks` is too small.
 
     Raises:
-      TypeError: `w` is not a float array, `mask` not a boolean one, or a number not an integer.
-      ValueError: blocks do not divide the matrix, `n_blocks` is too small, or `w` has batch axes or groups.
+      TypeError: `w` is not a float array, `mask` is not a boolean array, or a number is not an integer.
+      ValueError: `block` does not divide the matrix, `n_blocks` is too small, or `w` has batch axes or groups.
 
     >>> import jax.numpy as jnp
     >>> w = jnp.zeros((4, 6)).at[:2, 4:].set(2.0)
@@ -115,29 +115,29 @@ def pack_blocks(
         raise ValueError(
             f"block={block} must divide the matrix {matrix.shape} of w {jnp.shape(w)}: choose axes or block"
         )
-    size = capacity("n_blocks", _any(kept, height, width), n_blocks)
+    size = capacity("n_blocks", _kept_blocks(kept, height, width), n_blocks)
     blocks, rows, columns = _gather(matrix, kept, height, width, size)
     return BlockSparseArray(blocks, rows, columns, jnp.shape(w), axes)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _any(kept: jax.Array, height: int, width: int) -> jax.Array:
-    """Whether anything is kept, by block column and block row."""
+def _kept_blocks(kept: jax.Array, height: int, width: int) -> jax.Array:
+    """Whether anything in each block is kept, shape (block columns, block rows)."""
     return _cut(kept, height, width).any((2, 3))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _gather(matrix, kept, height: int, width: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The blocks, their rows and their columns."""
-    there = _any(kept, height, width)
-    columns, rows = jnp.nonzero(there, size=size, fill_value=(len(there), 0))
-    blocks = _cut(jnp.where(kept, matrix, jnp.zeros((), matrix.dtype)), height, width)
-    blocks = loud(blocks.at[columns, rows].get(mode="fill", fill_value=0), jnp.sum(there) <= size)
+    """(blocks, rows, columns) of the kept blocks."""
+    kept_blocks = _kept_blocks(kept, height, width)
+    columns, rows = jnp.nonzero(kept_blocks, size=size, fill_value=(len(kept_blocks), 0))
+    grid = _cut(jnp.where(kept, matrix, jnp.zeros((), matrix.dtype)), height, width)
+    blocks = nan_unless(jnp.sum(kept_blocks) <= size, grid.at[columns, rows].get(mode="fill", fill_value=0))
     return blocks, rows.astype(jnp.int32), columns.astype(jnp.int32)
 
 
 def _cut(matrix: jax.Array, height: int, width: int) -> jax.Array:
-    """(block columns, block rows, height, width)."""
+    """The blocks of a matrix, shape (block columns, block rows, height, width)."""
     rows, columns = matrix.shape
     return matrix.reshape(rows // height, height, columns // width, width).transpose(2, 0, 1, 3)
 

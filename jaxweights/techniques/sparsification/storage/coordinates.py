@@ -1,4 +1,4 @@
-"""Export to the sparse matrices of JAX: entries by coordinates, or by compressed rows."""
+"""Export to the sparse matrices of JAX: coordinates (BCOO) and compressed rows (CSR)."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes
-from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, loud
+from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, nan_unless
 
 if TYPE_CHECKING:
     from jax.experimental.sparse import BCOO, CSR
 
 
 def to_bcoo(w: jax.Array, mask: jax.Array | None = None, *, nse: int | None = None, axes: Axes | None = None) -> BCOO:
-    """The kept entries of a weight as a `jax.experimental.sparse.BCOO` matrix: values with a row and a column each.
+    """Stores the kept entries of a weight as a `jax.experimental.sparse.BCOO` matrix: values, rows and columns.
 
     Args:
-      w: float array of any shape, without batch axes. One of other than two axes is read as a matrix.
+      w: float array of any shape, without batch axes, read as a matrix.
       mask: boolean array of the shape of `w`, true where a weight is kept; by default where `w` is not 0.
-      nse: how many entries to store; by default those that there are. Under jit it must be given.
+      nse: number of entries to allocate, by default as many as are kept. Required under jit.
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
     Returns:
-      A BCOO matrix (rows, columns), sorted. It gives `where(mask, w, 0)` back bit for bit, but that its -0.0 become +0;
-      without a mask -0.0 counts as 0 and NaN is kept. Under jit all of it becomes NaN if `nse` is too small.
+      A BCOO matrix (rows, columns) with sorted indices. Its `todense()` is `where(mask, w, 0)` bit for bit, except that
+      -0.0 becomes +0. Without a mask, -0.0 counts as 0 and NaN is kept. Under jit, all entries become NaN if `nse` is
+      too small.
 
     Raises:
-      TypeError: `w` is not a float array, `mask` not a boolean one, or `nse` not an integer.
+      TypeError: `w` is not a float array, `mask` is not a boolean array, or `nse` is not an integer.
       ValueError: `nse` is too small, or `w` has batch axes or groups.
 
     >>> import jax.numpy as jnp
@@ -37,7 +38,7 @@ def to_bcoo(w: jax.Array, mask: jax.Array | None = None, *, nse: int | None = No
     >>> print(s.data, s.indices.tolist())
     [2. 3.] [[0, 1], [1, 0]]
     """
-    from jax.experimental.sparse import BCOO  # a third of a second to import
+    from jax.experimental.sparse import BCOO  # takes a third of a second to import
 
     data, rows, columns, shape = _entries(w, mask, nse, axes)
     indices = jnp.stack([rows, columns], 1)
@@ -45,10 +46,10 @@ def to_bcoo(w: jax.Array, mask: jax.Array | None = None, *, nse: int | None = No
 
 
 def to_csr(w: jax.Array, mask: jax.Array | None = None, *, nse: int | None = None, axes: Axes | None = None) -> CSR:
-    """The kept entries of a weight as a `jax.experimental.sparse.CSR` matrix: one index an entry, one a row.
+    """Stores the kept entries of a weight as a `jax.experimental.sparse.CSR` matrix: an index per entry and per row.
 
-    Arguments, errors and what comes back are those of `to_bcoo`. `jw.matmul(x, csr)` is the product with it, which
-    JAX itself has from the other side only.
+    Arguments, result and errors are as for `to_bcoo`. JAX multiplies a CSR matrix from the left only, `csr @ x`; for
+    the product x @ csr use `jw.matmul(x, csr)`.
 
     >>> import jax.numpy as jnp
     >>> s = to_csr(jnp.array([[0.0, 2.0], [3.0, 0.0]]))
@@ -63,7 +64,7 @@ def to_csr(w: jax.Array, mask: jax.Array | None = None, *, nse: int | None = Non
 
 
 def _entries(w, mask, nse: int | None, axes: Axes | None) -> tuple[jax.Array, jax.Array, jax.Array, tuple[int, ...]]:
-    """(values, rows, columns) of the kept entries in order, and the shape of the matrix."""
+    """(values, rows, columns, shape of the matrix); entries are in order of rows, then of columns."""
     matrix, kept = kept_matrix(w, mask, axes)
     if matrix.ndim > 2:
         raise ValueError(f"w has batch axes or groups: export it under jax.vmap, with nse, got {axes}")
@@ -75,4 +76,4 @@ def _entries(w, mask, nse: int | None, axes: Axes | None) -> tuple[jax.Array, ja
 def _gather(matrix: jax.Array, kept: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows, columns = (i.astype(jnp.int32) for i in jnp.nonzero(kept, size=size, fill_value=matrix.shape))
     data = matrix.at[rows, columns].get(mode="fill", fill_value=0)
-    return loud(data, jnp.sum(kept) <= size), rows, columns
+    return nan_unless(jnp.sum(kept) <= size, data), rows, columns

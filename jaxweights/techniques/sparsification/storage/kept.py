@@ -1,4 +1,4 @@
-"""What the formats share: which entries are kept, how many, and what happens to those that do not fit."""
+"""What the storage formats share: which entries are kept, how many, and what happens if they do not fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxweights.core.checks import check_integer, check_weight
 
 
 def kept_matrix(w, mask, axes: Axes | None) -> tuple[jax.Array, jax.Array]:
-    """(w, mask) as matrices, or an error; without a mask what is not 0 is kept."""
+    """(w, mask) as matrices, or an error. Without a mask, the entries that are not 0 are kept."""
     w = check_weight(w)
     if mask is None:
         mask = w != 0
@@ -26,19 +26,19 @@ def kept_matrix(w, mask, axes: Axes | None) -> tuple[jax.Array, jax.Array]:
 
 
 def capacity(name: str, kept: jax.Array, given: int | None) -> int:
-    """The number of True entries, which sizes the arrays, or `given`, which must not be less."""
+    """The number of entries to allocate: the number of true entries of `kept`, or `given` if it is large enough."""
     if given is not None:
         check_integer(name, given, 0)
     if isinstance(kept, Tracer):
         if given is None:
-            raise ValueError(f"{name} must be given under jit: how much is kept is not known there")
+            raise ValueError(f"{name} must be given under jit, where the mask has no value yet")
         return given
     found = int(np.count_nonzero(kept))
     if given is not None and found > given:
-        raise ValueError(f"{name} must be at least {found}, what the mask keeps, got {given}")
+        raise ValueError(f"{name} must be at least {found}, the number that the mask keeps, got {given}")
     return found if given is None else given
 
 
-def loud(values: jax.Array, fits: jax.Array) -> jax.Array:
-    """`values` where they fit, else NaN: under jit, where no error can be raised, nothing is lost silently."""
+def nan_unless(fits: jax.Array, values: jax.Array) -> jax.Array:
+    """`values` where they fit, else NaN: under jit no error can be raised, but entries must not be lost silently."""
     return jnp.where(fits, values, jnp.full((), jnp.nan, values.dtype))
