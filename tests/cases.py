@@ -1,6 +1,7 @@
 """The table of cases: every technique and variant, as the contract tests see it.
 
-A new technique or variant is one new line here; the tests in `contract` then hold it to the whole contract.
+A new technique or variant is one new line here; the tests in `contract` then hold it to the whole contract. A default run
+holds each case to what one program shows, and one case of each kind to all of it; the `slow` tests hold every case to all.
 """
 
 import dataclasses
@@ -12,6 +13,17 @@ import jax.numpy as jnp
 import jaxweights as jw
 
 KEY = jax.random.key(7)
+KINDS = (
+    "stateless",
+    "learned",
+    "stateful",
+    "scheduled",
+    "joint",
+    "Chain",
+    "Around",
+    "straight-through",
+    "no transform",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +36,7 @@ class Case:
       function: w -> w' at the array level, for techniques that are no transform.
       shape: of the weight.
       idempotent: a second application changes nothing. Not so for an estimate that each step improves.
+      kind: one of `KINDS` that this case stands for in a default run. One case of each kind has it.
     """
 
     name: str
@@ -31,6 +44,7 @@ class Case:
     function: Callable[[jax.Array], jax.Array] | None = None
     shape: tuple[int, ...] = (64, 32)
     idempotent: bool = True
+    kind: str | None = None
 
     def call(self, w: jax.Array) -> jax.Array:
         """The technique as one function of a weight: init, update and apply for a transform."""
@@ -66,12 +80,12 @@ def per_feature(w, value):
 
 
 TRANSFORMS = [
-    Case("weight_norm", lambda: jw.WeightNorm()),
+    Case("weight_norm", lambda: jw.WeightNorm(), kind="learned"),
     Case("weight_norm attention", lambda: jw.WeightNorm(jw.axes.ATTENTION_IN), shape=ATTENTION),
     Case("weight_norm vector", lambda: jw.WeightNorm(), shape=(64,)),
     Case("weight_norm centred", lambda: jw.Chain(jw.projections.Center(), jw.WeightNorm(jw.axes.WHOLE)), shape=CONV),
     Case("weight_standardization", lambda: jw.WeightStandardization(2.0, scaled=True), shape=CONV),
-    Case("spectral_norm", lambda: jw.SpectralNorm(), idempotent=False),
+    Case("spectral_norm", lambda: jw.SpectralNorm(), idempotent=False, kind="stateful"),
     Case("spectral_norm soft", lambda: jw.SpectralNorm(n_steps=3, target=halving, soft=True), idempotent=False),
     Case(
         "spectral_norm attention", lambda: jw.SpectralNorm(1, jw.axes.ATTENTION_OUT), shape=(4, 8, 16), idempotent=False
@@ -89,7 +103,7 @@ TRANSFORMS = [
     Case("clip_weights", lambda: jw.ClipWeights(0.5)),
     Case("clip_weights schedule", lambda: jw.ClipWeights(halving)),
     Case("clip_norm", lambda: jw.ClipNorm(1.0)),
-    Case("clip_norm conv", lambda: jw.ClipNorm(1.0), shape=CONV),
+    Case("clip_norm conv", lambda: jw.ClipNorm(1.0), shape=CONV, kind="stateless"),
     Case("clip_norm schedule", lambda: jw.ClipNorm(halving)),
     # Wide, since XLA brings together the shorter sides of the blocks that one row of the mesh holds: here a quarter.
     Case("orthogonalize", lambda: jw.projections.Orthogonalize(), shape=(16, 64)),
@@ -107,19 +121,24 @@ TRANSFORMS = [
     Case("bound_sum", lambda: jw.projections.BoundSum(-1.0, 1.0), shape=CONV),
     Case("l1_ball stack", lambda: jw.projections.L1Ball(halving, stack_axes), shape=STACK),
     Case("around clip_weights", lambda: jw.Around(jw.ClipWeights(0.05))),
-    Case("around clip_norm", lambda: jw.Around(jw.ClipNorm(halving)), shape=CONV),
+    Case("around clip_norm", lambda: jw.Around(jw.ClipNorm(halving)), shape=CONV, kind="Around"),
     Case("share_weights", lambda: jw.ShareWeights(8)),
     Case("share_weights hash", lambda: jw.ShareWeights(8, seed=0)),
-    Case("fake_quantize", lambda: jw.FakeQuantize(4)),
+    Case("fake_quantize", lambda: jw.FakeQuantize(4), kind="straight-through"),
     Case("fake_quantize per unit", lambda: jw.FakeQuantize(4, per_unit=True), shape=CONV),
     Case("sparsify", lambda: jw.Sparsify(0.5)),
     Case("sparsify schedule", lambda: jw.Sparsify(halving)),
     Case("prune", lambda: jw.Prune(0.7)),
-    Case("prune schedule", lambda: jw.Prune(growing), shape=CONV),
-    Case("prune global", lambda: jw.Prune(growing, distribution=jw.pruning.Global()), shape=CONV),
+    Case("prune schedule", lambda: jw.Prune(growing), shape=CONV, kind="scheduled"),
+    Case("prune global", lambda: jw.Prune(growing, distribution=jw.pruning.Global()), shape=CONV, kind="joint"),
     Case("prune n:m stack", lambda: jw.Prune((2, 4), axes=stack_axes, straight_through=True), shape=STACK),
     Case("regrow", lambda: jw.Regrow(jw.Prune(0.7), grow=jw.scores.random, fraction=halving, every=1)),
-    Case("chain", lambda: jw.Chain(jw.SpectralNorm(), jw.WeightNorm(), jw.ClipWeights(halving)), idempotent=False),
+    Case(
+        "chain",
+        lambda: jw.Chain(jw.SpectralNorm(), jw.WeightNorm(), jw.ClipWeights(halving)),
+        idempotent=False,
+        kind="Chain",
+    ),
 ]
 
 FUNCTIONS = [
@@ -128,7 +147,7 @@ FUNCTIONS = [
         "weight_decay cautious L1",
         function=lambda w: jw.weight_decay(w / 2, w, 0.1, penalty_grad=jnp.sign, toward=w[::-1], cautious=True),
     ),
-    Case("batch_norm", function=lambda x: jw.batch_norm(x, per_feature(x, 2), per_feature(x, 1))),
+    Case("batch_norm", function=lambda x: jw.batch_norm(x, per_feature(x, 2), per_feature(x, 1)), kind="no transform"),
     Case("batch_norm masked", function=lambda x: jw.batch_norm(x, where=jnp.arange(x.shape[0])[:, None] < 40)),
     Case("batch_norm ghosts", function=lambda x: jw.batch_norm(x, ghost_size=16)),
     Case(

@@ -1,10 +1,24 @@
-"""Settings of the test run: CPU, eight devices, and a TPU's compiler where libtpu is installed."""
+"""Settings of the test run: CPU, eight devices, a compiler that is quick, and a TPU's where libtpu is installed."""
 
 import os
 import tempfile
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of the time goes to compiling. This way it takes a third as long: XLA optimizes the program as ever, so its text and
+# its memory stay, but the code made from it is slow. Flags from outside come last and win.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+]
+# Later ones end the process at this flag, as libtpu does.
+OLDER_EMITTERS = tuple(int(n) for n in version("jaxlib").split(".")[:2]) < (0, 11)
+if OLDER_EMITTERS:
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 # What libtpu asks of the machine, so that it compiles with no TPU at hand.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -15,16 +29,63 @@ os.environ.setdefault("TPU_WORKER_ID", "0")
 import jax
 import pytest
 
-# Most of the time goes to compiling. One directory a process: JAX may read what another process has half written.
-_compiled = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
+# What was compiled, kept between runs if JAXWEIGHTS_TEST_CACHE names a folder. A worker reads and writes a folder of its
+# own: JAX may read what another process has half written.
+KEPT = os.environ.get("JAXWEIGHTS_TEST_CACHE")
+_compiled = None if KEPT else tempfile.TemporaryDirectory()
+CACHE = Path(KEPT or _compiled.name).resolve() / os.environ.get("PYTEST_XDIST_WORKER", "main")
+CACHE.mkdir(parents=True, exist_ok=True)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def link(sources, folder):
+    """Puts the files into the folder, those that it has not."""
+    folder.mkdir(exist_ok=True)
+    for source in sources:
+        if not (folder / source.name).exists():
+            os.link(source, folder / source.name)
+
+
+def pytest_configure(config):
+    """A worker starts with what all workers of the runs before have compiled."""
+    if KEPT and (shared := CACHE.parent / "all").exists():
+        link(shared.iterdir(), CACHE)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """When all workers are done, what they have compiled is there for the next run."""
+    if KEPT and not hasattr(session.config, "workerinput"):
+        link(CACHE.parent.glob("[gm]*/*"), CACHE.parent / "all")
+
+
+LONG = ("test_examples.py", "test_arrays.py", "test_checkpoints.py", "test_benchmarks.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The file that takes longest is the first, so that no worker is left with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_examples.py")
+    """The files that take longest come first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Names the ten files that took longest."""
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "nodeid") and hasattr(report, "duration"):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section("ten slowest files", sep="=")
+    for name, spent in seconds.most_common(10):
+        terminalreporter.line(f"{spent:7.1f} s {name}")
+
+
+@pytest.fixture
+def optimizing():
+    """The `compiler_options`, of `jax.jit` and of `compile`, that make the code a user gets: for a test that judges it."""
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    return options | ({"xla_cpu_use_fusion_emitters": True} if OLDER_EMITTERS else {})
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""The examples run, print what they promise, and say the same in Linen and in NNX."""
+"""The examples run, print what they promise, and say the same in Linen and in NNX. Those that train for long are slow."""
 
 import runpy
 import sys
@@ -86,6 +86,22 @@ def test_seeing_sparsity(tmp_path, monkeypatch, capsys):
     assert picture.stat().st_size > 20_000
 
 
+def test_weight_clipping_and_all_ten_techniques_at_once(tmp_path, monkeypatch):
+    """As short as it goes; the slow tests below train with each."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import ten_techniques
+
+    every, names = ten_techniques.techniques, ("baseline", "weight clipping", "all ten")
+    monkeypatch.setattr(ten_techniques, "techniques", lambda steps: [t for t in every(steps) if t.name in names])
+    picture = tmp_path / "picture.png"
+    results = ten_techniques.main(["--steps", "30", "--out", str(picture)])
+    assert tuple(results) == names
+    assert all(r.accuracy > 0.6 for r in results.values())
+    assert results["weight clipping"].largest == np.float32(0.15)
+    assert results["all ten"].bytes < results["baseline"].bytes / 3
+    assert picture.stat().st_size > 20_000
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The results of both backends, after few steps."""
@@ -104,6 +120,7 @@ def results(tmp_path_factory):
         sys.path.remove(str(EXAMPLES))
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_agree(results):
     linen, nnx = results[0]["linen"], results[0]["nnx"]
     assert list(linen) == list(nnx)
@@ -113,6 +130,7 @@ def test_linen_and_nnx_agree(results):
         assert linen[name].bytes == nnx[name].bytes, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["linen", "nnx"])
 def test_promises_are_kept(results, backend):
     r = results[0][backend]
@@ -130,6 +148,7 @@ def test_promises_are_kept(results, backend):
     assert all(result.cost > 0 for result in r.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["linen", "nnx"])
 def test_exported_weights_are_those_of_the_model(results, backend):
     """A plain network with the exported weights is as accurate as the transformed one."""
@@ -138,11 +157,13 @@ def test_exported_weights_are_those_of_the_model(results, backend):
             assert result.stored_accuracy == pytest.approx(result.accuracy, abs=0.003), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["linen", "nnx"])
 def test_the_picture_is_small(results, backend):
     assert 20_000 < (results[1] / f"{backend}.png").stat().st_size < 500_000
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_notebook_runs_and_stores_no_output():
     notebook = nbformat.read(EXAMPLES / "ten_techniques.ipynb", as_version=4)
@@ -152,6 +173,7 @@ def test_the_notebook_runs_and_stores_no_output():
     assert "zeros in the second layer 80.0%" in text
 
 
+@pytest.mark.slow
 def test_channel_pruning_leaves_a_smaller_model_with_the_outputs_of_the_masked_one(monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     import channel_pruning
@@ -165,6 +187,7 @@ def test_channel_pruning_leaves_a_smaller_model_with_the_outputs_of_the_masked_o
     assert "Removed and masked differ by" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_gan_with_either_critic(tmp_path, monkeypatch, capsys):
     """Bounds of the critics' slopes are bounds, and that of normalized convolutions is 1."""
     monkeypatch.syspath_prepend(EXAMPLES)
@@ -184,6 +207,7 @@ def test_a_gan_with_either_critic(tmp_path, monkeypatch, capsys):
     assert "(real, held out)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sparse_training_keeps_the_sparsity_exactly(monkeypatch, capsys, tmp_path):
     """RigL alone: most of the time goes into compiling."""
     monkeypatch.syspath_prepend(EXAMPLES)

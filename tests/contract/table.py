@@ -7,13 +7,21 @@ import pytest
 from cases import CASES, TRANSFORMS
 from jax.sharding import NamedSharding, PartitionSpec
 
-ids = lambda cases: {"argvalues": cases, "ids": [c.name for c in cases]}
+
+def over(cases, slow=lambda case: False):
+    params = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if slow(c) else []) for c in cases]
+    return pytest.mark.parametrize("case", params)
 
 
-every_case = pytest.mark.parametrize("case", **ids(CASES))
+every_case, every_transform = over(CASES), over(TRANSFORMS)
+"""For what is quick: all cases."""
 
 
-every_transform = pytest.mark.parametrize("case", **ids(TRANSFORMS))
+each_kind = over(CASES, slow=lambda case: case.kind is None)
+"""For what takes longer: one case of each kind, and in the slow tests all the others."""
+
+
+each_kind_of_transform = over(TRANSFORMS, slow=lambda case: case.kind is None)
 
 
 EPS = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2, jnp.float16: 2e-3}

@@ -7,18 +7,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract.table import EPS, close, every_case, weight
+from cases import CASES, KINDS
+from contract.table import EPS, close, each_kind, every_case, weight
 
 # One program a case, compiled once a dtype: eager, each primitive would be compiled on its own.
 jitted = functools.cache(lambda case: jax.jit(case.call))
 
 
-@functools.cache
-def value_and_gradient(case):
-    """w' and the gradient of the mean of linear·w' + (square·w')²."""
-    new = lambda w: case.call(w).astype(jnp.float32)
-    loss = lambda w, linear, square: jnp.sum(linear * new(w) + (square * new(w)) ** 2) / w.size
-    return jax.jit(lambda w, *weights: (case.call(w), jax.value_and_grad(loss)(w, *weights)))
+def value_and_gradient(case, w, linear, square):
+    """w', and the value and the gradient of the mean of linear·w' + (square·w')²."""
+
+    def loss(w):
+        new = case.call(w)
+        wide = new.astype(jnp.float32)
+        return jnp.sum(linear * wide + (square * wide) ** 2) / w.size, new
+
+    (value, new), gradient = jax.value_and_grad(loss, has_aux=True)(w)
+    return new, value, gradient
+
+
+def edges(w):
+    """Weights at the edges of float32, by name, and the linear and the square term of a loss that stays finite there."""
+    weights = {
+        "ordinary": w,
+        "zero": jnp.zeros_like(w),
+        "constant": jnp.full_like(w, 0.5),
+        "huge": 1e30 * jnp.sign(w),
+        "tiny": 1e-30 * w,
+    }
+    return {name: (edge, *terms(edge, name == "tiny")) for name, edge in weights.items()}
+
+
+def terms(w, linear=False):
+    square = 0.0 if linear else 1 / np.abs(np.asarray(w, np.float32)).max(initial=1e-6)
+    return np.float32(linear), np.float32(square)
 
 
 @pytest.fixture(autouse=True)
@@ -27,37 +49,57 @@ def strict_promotion():
         yield
 
 
+def test_one_case_stands_for_each_kind():
+    assert sorted(c.kind for c in CASES if c.kind) == sorted(KINDS)
+
+
 @every_case
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_shape_and_dtype_are_kept_and_16_bits_agree_with_32(case, dtype):
+def test_a_stack_of_weights_at_the_edges_is_finite_and_vmap_is_a_loop(case):
+    """All in one program, which takes the least time to compile."""
+    arguments = [jnp.stack(column) for column in zip(*edges(weight(case)).values(), strict=True)]
+
+    @jax.jit
+    def run(ws, *terms):
+        return jax.vmap(functools.partial(value_and_gradient, case))(ws, *terms), case.call(ws[0])
+
+    (new, values, gradients), alone = run(*arguments)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, gradients, arguments[0])
+    chex.assert_tree_all_finite((new, values, gradients))
+    close(new[0], alone, 1e-5)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", EPS)
+def test_shape_and_dtype_are_kept(case, dtype):
+    w = jax.ShapeDtypeStruct(case.shape, dtype)
+    new, _, gradient = jax.eval_shape(lambda w: value_and_gradient(case, w, 1.0, 0.0), w)
+    assert (w.shape, w.dtype) == (new.shape, new.dtype) == (gradient.shape, gradient.dtype)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_16_bits_agree_with_32(case, dtype):
     w = weight(case, dtype)
     new = jitted(case)(w)
     chex.assert_trees_all_equal_shapes_and_dtypes(new, w)
     close(new, jitted(case)(w.astype(jnp.float32)), 2 * EPS[dtype])
 
 
-@every_case
+@each_kind
 def test_jit_is_eager(case):
     w = weight(case)
     close(jitted(case)(w), case.call(w), 1e-5)
 
 
-@every_case
+@each_kind
 def test_vmap_is_a_loop(case):
     ws = jnp.stack([weight(case, seed=i) for i in range(3)])
     close(jax.jit(jax.vmap(case.call))(ws), jnp.stack([jitted(case)(w) for w in ws]), 1e-5)
 
 
-@every_case
-@pytest.mark.parametrize("kind", ["zero", "constant", "huge", "huge f16", "tiny"])
-def test_values_and_gradients_are_finite(case, kind):
-    w = weight(case)
-    w = {
-        "zero": jnp.zeros_like(w),
-        "constant": jnp.full_like(w, 0.5),
-        "huge": 1e30 * jnp.sign(w),
-        "huge f16": 6e4 * jnp.sign(w).astype(jnp.float16),
-        "tiny": 1e-30 * w,
-    }[kind]
-    linear, square = (1, 0) if kind == "tiny" else (0, 1 / np.abs(np.asarray(w, np.float32)).max(initial=1e-6))
-    chex.assert_tree_all_finite(value_and_gradient(case)(w, np.float32(linear), np.float32(square)))
+@each_kind
+def test_values_and_gradients_at_the_edges_are_finite(case):
+    run = jax.jit(functools.partial(value_and_gradient, case))
+    huge = 6e4 * jnp.sign(weight(case)).astype(jnp.float16)
+    for name, arguments in (edges(weight(case)) | {"huge f16": (huge, *terms(huge))}).items():
+        chex.assert_tree_all_finite({name: run(*arguments)})

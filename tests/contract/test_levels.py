@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from cases import KEY, TRANSFORMS
-from contract.table import close, every_transform, ids, same_state, weight
+from contract.table import EPS, close, each_kind_of_transform, every_transform, over, same_state, weight
 from flax import nnx
 
 import jaxweights as jw
@@ -18,6 +17,25 @@ from jaxweights.levels.paths import STATE
 
 
 @every_transform
+def test_equal_specs_trace_once_and_so_does_a_moved_state(case):
+    chex.clear_trace_counter()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @chex.assert_max_traces(n=1)
+    def run(lifted, params, state):
+        moved = lifted.update(params, state)
+        return lifted.apply(params, moved), moved
+
+    params = {"kernel": jax.ShapeDtypeStruct(case.shape, jnp.float32)}
+    for _ in range(2):
+        lifted = jw.on_tree(case.transform(), where="kernel")
+        state = jax.eval_shape(lifted.init, params, KEY)
+        for _ in range(2):
+            _, state = run.eval_shape(lifted, params, state)
+    assert case.transform() == case.transform()
+
+
+@each_kind_of_transform
 def test_equal_specs_compile_once(case):
     chex.clear_trace_counter()
 
@@ -30,15 +48,20 @@ def test_equal_specs_compile_once(case):
     for _ in range(2):
         lifted = jw.on_tree(case.transform(), where="kernel")
         run(lifted, params, lifted.init(params, KEY))
-    assert case.transform() == case.transform()
 
 
-@pytest.mark.parametrize("case", **ids([c for c in TRANSFORMS if c.idempotent]))
+@over([c for c in TRANSFORMS if c.idempotent])
 def test_a_second_application_changes_nothing(case):
     t, w = case.transform(), weight(case)
-    state = t.update(w, t.init(w, KEY))
-    once = t.apply(w, state)
-    close(t.apply(once, state), once, 2e-6)
+
+    @jax.jit
+    def twice(w):
+        state = t.update(w, t.init(w, KEY))
+        once = t.apply(w, state)
+        return once, t.apply(once, state)
+
+    once, again = twice(w)
+    close(again, once, 2e-6)
 
 
 class LinenProbe(nn.Module):
@@ -76,6 +99,31 @@ def nnx_model(t, w, state):
 
 
 @every_transform
+def test_every_level_keeps_shape_and_dtype(case):
+    """Traced, not compiled: with every dtype, and with no state given."""
+    t = case.transform()
+    lifted, tx = jw.on_tree(t, where="kernel"), jw.project(t, where="kernel")
+    module = jw.linen.Transformed(LinenProbe(case.shape), t, where="kernel")
+
+    def levels(w):
+        params = {"kernel": w}
+        updates, _ = tx.update({"kernel": jnp.zeros_like(w)}, tx.init(params), params)
+        variables = module.init(KEY)
+        variables = {**variables, "params": {**variables["params"], "kernel": w}}
+        return {
+            "tree": lifted.apply(params, lifted.update(params, lifted.init(params, KEY)))["kernel"],
+            "optax": optax.apply_updates(params, updates)["kernel"],
+            "linen": module.apply(variables, mutable=[STATE])[0],
+            "nnx": jw.nnx.transformed(NnxProbe(w), t, "kernel")(),
+        }
+
+    for dtype in EPS:
+        w = jax.ShapeDtypeStruct(case.shape, dtype)
+        for level, new in jax.eval_shape(levels, w).items():
+            assert (new.shape, new.dtype) == (w.shape, w.dtype), level
+
+
+@each_kind_of_transform
 def test_the_levels_give_the_same_numbers(case):
     t, w = case.transform(), weight(case)
     params = {"kernel": w}
@@ -100,7 +148,7 @@ def test_the_levels_give_the_same_numbers(case):
     close(nnx_model(t, w, state)(), expected, 1e-6)
 
 
-@every_transform
+@each_kind_of_transform
 def test_the_levels_train_alike(case):
     t, w = case.transform(), weight(case)
     target, rate = weight(case, seed=1), 0.1

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract.table import every_case, sharding
+from contract.table import each_kind, sharding
 
 import jaxweights as jw
 
@@ -21,10 +21,13 @@ def tpu():
         pytest.skip("libtpu is not installed: pip install 'jaxweights[tpu-compile]' compiles for a TPU without one")
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    jax.devices()  # reads the flags of `conftest.py`, which libtpu does not know
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "")
+        yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
 
-@every_case
+@each_kind
 def test_it_compiles_for_a_tpu(case, tpu):
     mesh = jax.sharding.Mesh(np.array(tpu).reshape(2, 2), ("x", "y"))
     w = jax.ShapeDtypeStruct(case.shape, jnp.bfloat16, sharding=sharding(mesh, case.shape))
