@@ -1,7 +1,8 @@
 """The table of cases: every technique and variant, as the contract tests see it.
 
-A new technique or variant is one new line here; the tests in `contract` then hold it to the whole contract. A default run
-holds each case to what one program shows, and one case of each kind to all of it; the `slow` tests hold every case to all.
+A new technique or variant is one new line here; the tests in `contract` then hold it to the whole contract. A default
+run checks every case in one program, and one case of each kind against all of the contract. The `slow` tests check
+every case against all of it.
 """
 
 import dataclasses

@@ -7,14 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time goes to compiling. This way it takes a third as long: XLA optimizes the program as ever, so its text and
-# its memory stay, but the code made from it is slow. Flags from outside come last and win.
+# Most of the time goes to compiling. These flags cut it to a third: XLA still optimizes the program, so its text and
+# its memory stay as they are, but generates slow code. Flags from outside come last and win.
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 ]
-# Later ones end the process at this flag, as libtpu does.
+# Later versions of XLA, and libtpu's, do not know this flag and abort.
 OLDER_EMITTERS = tuple(int(n) for n in version("jaxlib").split(".")[:2]) < (0, 11)
 if OLDER_EMITTERS:
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -26,11 +26,11 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_WORKER_ID", "0")
 
 # JAX reads them when it is imported.
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
-# What was compiled, kept between runs if JAXWEIGHTS_TEST_CACHE names a folder. A worker reads and writes a folder of its
-# own: JAX may read what another process has half written.
+# The compilation cache, kept between runs if JAXWEIGHTS_TEST_CACHE names a folder. Each worker has its own folder: JAX
+# may read what another process has half written.
 KEPT = os.environ.get("JAXWEIGHTS_TEST_CACHE")
 _compiled = None if KEPT else tempfile.TemporaryDirectory()
 CACHE = Path(KEPT or _compiled.name).resolve() / os.environ.get("PYTEST_XDIST_WORKER", "main")
@@ -83,7 +83,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def optimizing():
-    """The `compiler_options`, of `jax.jit` and of `compile`, that make the code a user gets: for a test that judges it."""
+    """The `compiler_options` of `jax.jit` and `compile` for the code that a user gets: for tests that judge it."""
     options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
     return options | ({"xla_cpu_use_fusion_emitters": True} if OLDER_EMITTERS else {})
 

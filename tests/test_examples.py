@@ -1,4 +1,4 @@
-"""The examples run, print what they promise, and say the same in Linen and in NNX. Those that train for long are slow."""
+"""The examples run, print what they promise, and agree in Linen and in NNX. Those that train for long are slow."""
 
 import runpy
 import sys

@@ -27,7 +27,7 @@ def value_and_gradient(case, w, linear, square):
 
 
 def edges(w):
-    """Weights at the edges of float32, by name, and the linear and the square term of a loss that stays finite there."""
+    """Weights at the edges of float32, by name, with the linear and square terms of a loss that stays finite there."""
     weights = {
         "ordinary": w,
         "zero": jnp.zeros_like(w),

@@ -14,7 +14,9 @@ import jaxweights as jw
 OF_EACH_KIND = [case for case in TRANSFORMS if case.kind]
 
 
-@pytest.mark.parametrize("cases", [OF_EACH_KIND, pytest.param(TRANSFORMS, marks=pytest.mark.slow)], ids=["kinds", "all"])
+@pytest.mark.parametrize(
+    "cases", [pytest.param(OF_EACH_KIND, id="kinds"), pytest.param(TRANSFORMS, id="all", marks=pytest.mark.slow)]
+)
 def test_states_survive_a_checkpoint_and_training_resumes_bit_for_bit(cases, tmp_path):
     """Those of all cases in one tree: a weight for each, under its name."""
     rules = {case.name: case.transform() for case in cases}
