@@ -18,7 +18,8 @@ FLAGS = [
 OLDER_EMITTERS = tuple(int(n) for n in version("jaxlib").split(".")[:2]) < (0, 11)
 if OLDER_EMITTERS:
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
+_outer = os.environ.get("XLA_FLAGS", "").split()  # in a worker, these are there already
+os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in FLAGS if flag not in _outer), *_outer])
 # What libtpu asks of the machine, so that it compiles with no TPU at hand.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -36,6 +37,7 @@ _compiled = None if KEPT else tempfile.TemporaryDirectory()
 CACHE = Path(KEPT or _compiled.name).resolve() / os.environ.get("PYTEST_XDIST_WORKER", "main")
 CACHE.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they would make the folder part of the key
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

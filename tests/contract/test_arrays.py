@@ -39,6 +39,7 @@ def edges(w):
 
 
 def terms(w, linear=False):
+    """The factors of the linear and of the square term: one is 0."""
     square = 0.0 if linear else 1 / np.abs(np.asarray(w, np.float32)).max(initial=1e-6)
     return np.float32(linear), np.float32(square)
 
