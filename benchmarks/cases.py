@@ -1,4 +1,4 @@
-"""The table of cases: what is measured, against what, and the goal."""
+"""The table of benchmark cases, with the reference and the goal of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import jaxweights as jw
 
 @dataclasses.dataclass(frozen=True)
 class TimeCase:
-    """Two programs to be timed in turn; the goal is the greatest ratio ours / theirs."""
+    """Two programs timed in alternation; `goal` is the largest acceptable ratio ours / theirs."""
 
     group: str
     name: str
@@ -42,7 +42,7 @@ class TimeCase:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryCase:
-    """Temporary memory of one verb of a transform on the whole tree, by the bytes of the weights."""
+    """Temporary memory of one transform method on the whole tree, relative to the bytes of the weights."""
 
     name: str
     transform: jw.Transform
@@ -53,7 +53,7 @@ class MemoryCase:
     unit: str = "MB"
 
     def measure(self, size: Size, effort: Effort) -> dict[str, Any]:
-        del effort  # a property of the compiled program, the same every time
+        del effort  # deterministic: a property of the compiled program
         lifted = jw.on_tree(self.transform)
         params = jax.eval_shape(lambda: programs.weights(size))
         state = jax.eval_shape(lifted.init, params, KEY)
@@ -64,7 +64,7 @@ class MemoryCase:
 
 
 RAMP = optax.polynomial_schedule(0.0, 0.8, 3, 1000)
-TECHNIQUES = {  # and the goal of its apply, where the work is element-wise
+TECHNIQUES = {  # with the goal for `apply` if it is element-wise
     "ClipWeights": (jw.ClipWeights(0.1), 1.1),
     "Sparsify": (jw.Sparsify(0.05), 1.1),
     "Prune": (jw.Prune(0.5), 1.1),
@@ -168,7 +168,7 @@ CASES: list[TimeCase | MemoryCase] = [
     ),
     *(
         TimeCase(
-            "compilation, growth",  # the shapes are the same, so the goal is that it does not grow
+            "compilation, growth",  # same shapes, so compile time should not grow
             name,
             "a tenth of the leaves",
             partial(programs.compile_growth, transform),

@@ -1,4 +1,4 @@
-"""One chart of all ratios, with the goals."""
+"""Chart of all ratios and goals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MET, MISSED, NO_GOAL = "#2a9d6f", "#d1495b", "#7a8ca3"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Horizontal bars of the median ratios, one panel per group, whiskers at the quartiles."""
+    """Draws median ratios as horizontal bars with whiskers at the quartiles, one panel per group."""
     groups = [(name, list(rows)) for name, rows in itertools.groupby(report["results"], key=lambda r: r["group"])]
     heights = [len(rows) + 1.6 for _, rows in groups]
     figure, panels = plt.subplots(

@@ -1,9 +1,9 @@
 """Norms against Flax and torch: python benchmarks/norms.py [--quick] [--only GLOB].
 
-Accuracy: the largest error against float64 of the same float32 input, of variance 1, at means from 0 to 10,000. Time:
-forward, and forward with backward, ours and the other in turn. Memory: the bytes that a gradient stores between the
-two. Flax's default is its fast variance, E[x²] − E[x]²; it has a two-pass one too. torch has channels first, as it
-likes them.
+Accuracy: largest error against float64 on the same float32 input, with variance 1 and means from 0 to 10,000. Time:
+forward, and forward plus backward, interleaved with each peer. Memory: bytes saved for the backward pass. Flax is
+measured with its default fast variance, E[x²] − E[x]², and with its two-pass variance. torch gets its native
+channels-first layout.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ OTHERS = list(COLORS)[1:]
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """One norm in all libraries.
+    """A norm in all libraries.
 
     Attributes:
       ours: (x, scale, bias) -> y, features last.
-      flax: its module, given `use_fast_variance`.
-      torch: (x, scale, bias) -> y, features last for layer and RMS norm, else second.
-      axis: of the statistics, once the features are split in (groups, size).
-      groups: how many groups of features; None if they are not split.
-      centered: whether a mean is subtracted.
-      first: whether torch has the features second, before the positions.
+      flax: makes Flax's module, given `use_fast_variance`.
+      torch: (x, scale, bias) -> y, features last for layer and RMS norm, otherwise second.
+      axis: axes of the statistics, after splitting the features into (groups, size).
+      groups: number of feature groups; None if the features are not split.
+      centered: whether the mean is subtracted.
+      first: whether torch expects the features second, before the positions.
     """
 
     ours: Callable
@@ -64,14 +64,14 @@ class Norm:
     eps: float = 1e-6
 
     def exact(self, x: np.ndarray) -> np.ndarray:
-        """In float64."""
+        """The normalized input in float64."""
         z = np.float64(x)
         z = z if self.groups is None else z.reshape(*x.shape[:-1], self.groups, -1)
         z = z - z.mean(self.axis, keepdims=True) if self.centered else z
         return (z / np.sqrt((z * z).mean(self.axis, keepdims=True) + self.eps)).reshape(x.shape)
 
     def functions(self) -> dict[str, Callable]:
-        """Ours and Flax's, of (x, scale, bias)."""
+        """Returns our and Flax's functions of (x, scale, bias)."""
         return {
             "jaxweights": partial(self.ours, eps=self.eps),
             "Flax": partial(apply_flax, self.flax(use_fast_variance=True, epsilon=self.eps)),
@@ -130,12 +130,12 @@ def draw_data(shape: tuple[int, ...], mean: float = 0.0) -> np.ndarray:
 
 
 def to_torch(norm: Norm, x: np.ndarray) -> torch.Tensor:
-    """With the features where torch has them, contiguous."""
+    """Converts to a contiguous tensor in torch's layout."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1) if norm.first else x))
 
 
 def errors(norm: Norm, shape: tuple[int, ...]) -> dict[str, list[float]]:
-    """By library, the largest error at each mean."""
+    """Largest error at each mean, per library."""
     out: dict[str, list[float]] = {name: [] for name in COLORS}
     scale, bias = np.ones(shape[-1], np.float32), np.zeros(shape[-1], np.float32)
     compiled = {name: jax.jit(f) for name, f in norm.functions().items()}
@@ -151,7 +151,7 @@ def errors(norm: Norm, shape: tuple[int, ...]) -> dict[str, list[float]]:
 
 
 def both_ways(f: Callable) -> Callable:
-    """The value and the gradients."""
+    """Returns a function that computes the value and the gradients."""
 
     def run(cotangent, *args):
         y, pull = jax.vjp(f, *args)
@@ -161,7 +161,7 @@ def both_ways(f: Callable) -> Callable:
 
 
 def torch_programs(norm: Norm, x: np.ndarray) -> tuple[Program, Program, int]:
-    """Forward, forward with backward, and the bytes stored between them."""
+    """Returns forward, forward with backward, and the bytes saved between them."""
     tensor, cotangent = to_torch(norm, x), to_torch(norm, x[::-1])
     params = torch.ones(x.shape[-1], requires_grad=True), torch.zeros(x.shape[-1], requires_grad=True)
 
@@ -183,7 +183,7 @@ def torch_programs(norm: Norm, x: np.ndarray) -> tuple[Program, Program, int]:
 
 
 def stored_bytes(f: Callable, *args: Any) -> int:
-    """What a gradient keeps, each buffer once."""
+    """Bytes of the residuals of a VJP, counting each buffer once."""
     kept = jax.tree.leaves(jax.vjp(f, *args)[1])
     return sum({a.unsafe_buffer_pointer(): a.nbytes for a in kept}.values())
 
@@ -263,7 +263,7 @@ def time_table(results: dict[str, Any]) -> Table:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Errors by the mean above, one panel a norm; times and stored bytes below."""
+    """Draws errors against the mean above, one panel per norm; times and stored bytes below."""
     figure = plt.figure(figsize=(11, 7.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     panels = above.subplots(1, len(report["errors"]), sharey=True)
@@ -305,7 +305,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def bars(panel: plt.Axes, i: int, n: int, values: list[float], library: str) -> None:
-    """The i-th of n bars at each place."""
+    """Draws the i-th of n bars at each position."""
     height = 0.8 / n
     places = [place - 0.4 + (i + 0.5) * height for place in range(len(values))]
     drawn = panel.barh(places, values, height=height * 0.92, color=COLORS[library], label=library)

@@ -1,4 +1,4 @@
-"""The programs that are compared: each function returns ours and the other, on the same data."""
+"""The programs to compare: each function returns ours and the peer's, on the same data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pair = tuple[Program, Program]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A tree of `leaves` square weights, a batch of activations, and a tree of `many` leaves to compile."""
+    """Sizes: a tree of `leaves` square weights, a batch of activations, and a tree of `many` leaves to compile."""
 
     leaves: int = 100
     side: int = 1000
@@ -40,7 +40,7 @@ def weights(size: Size, dtype=jnp.float32) -> dict[str, jax.Array]:
     return {f"layer_{i}": 0.05 * jax.random.normal(k, shape).astype(dtype) for i, k in enumerate(keys)}
 
 
-# One technique on a tree, against reading and writing the same bytes.
+# One technique on a tree, against a read and write of the same bytes.
 
 
 def against_copy(transform: jw.Transform, size: Size) -> Pair:
@@ -83,7 +83,7 @@ def adam_step(
     init: Callable = lambda params: (),
     finish: Callable = lambda params, extra: params,
 ) -> Program:
-    """One update of the whole tree; `finish(params, init(params))` comes after it."""
+    """One update of the whole tree, followed by `finish(params, init(params))`."""
     params = weights(size, dtype)
     grads = jax.tree.map(lambda w: 0.1 * w, params)
 
@@ -110,7 +110,7 @@ def applied_against_adam(size: Size) -> Pair:
 
 
 def projected_against_optax(size: Size) -> Pair:
-    """Optax has decay and boxes; the mask is multiplied by hand."""
+    """optax provides decay and boxes; the mask is applied by hand."""
 
     def finish(params, masks):
         low, high = (jax.tree.map(lambda _, bound=bound: bound, params) for bound in (-0.1, 0.1))

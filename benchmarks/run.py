@@ -1,7 +1,7 @@
-"""Measures jaxweights against its peers: python benchmarks/run.py [--only GLOB] [--quick].
+"""Benchmark jaxweights against its peers: python benchmarks/run.py [--only GLOB] [--quick].
 
-Ours and the other run in turn in one process, and the ratio is taken within each round. Ratios travel between
-machines; times do not.
+Ours and the peer's run alternately in one process, and ratios are taken within each round. Ratios are comparable across
+machines; times are not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every benchmark script does: its options, its terminal, the environment of the run, and its files."""
+"""Shared parts of the benchmark scripts: options, console, environment and output files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def terminal(width: int = 110) -> Console:
-    """A console, `width` wide where the output is no terminal."""
+    """Returns a console, `width` wide if the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
         console.width = width
@@ -33,7 +33,7 @@ def terminal(width: int = 110) -> Console:
 
 
 def environment(*peers: str) -> dict[str, Any]:
-    """The device, and the versions of Python, of what every benchmark uses, and of `peers`."""
+    """Returns the device and the versions of Python, of the common dependencies and of `peers`."""
     return {
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
         "python": platform.python_version(),
@@ -42,7 +42,7 @@ def environment(*peers: str) -> dict[str, Any]:
 
 
 def write(report: dict[str, Any], out: Path, name: str, draw: Callable[[dict[str, Any], Path], None]) -> None:
-    """The report as `out`/`name`.json and as a chart beside it; `-quick` ends the name of a quick one."""
+    """Writes the report to `out`/`name`.json with a chart next to it. Quick runs add the suffix `-quick`."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}{'-quick' if report['quick'] else ''}"
     path.with_name(f"{path.name}.json").write_text(json.dumps(report, indent=1) + "\n")

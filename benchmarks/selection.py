@@ -1,8 +1,8 @@
-"""Masks of the smallest magnitudes against sorting: python benchmarks/selection.py [--quick].
+"""Magnitude masks against sorting: python benchmarks/selection.py [--quick].
 
-The mask of the k smallest of n weights, by counting digits as `magnitude_mask` does, in turn with the mask by a stable
-argsort and by `lax.top_k`. All give the same set. Temporary memory is what the compiled program allocates beside its
-argument and its result.
+Masks the k smallest of n weights by counting digits, as `magnitude_mask` does, interleaved with a stable argsort and
+`lax.top_k`. All select the same set. Temporary memory is what the compiled program allocates besides its argument and
+result.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def by_argsort(k: int, w: jax.Array) -> jax.Array:
 
 
 def by_top_k(k: int, w: jax.Array) -> jax.Array:
-    # The largest of the reversed array: of equal ones top_k takes the first, the mask prunes the first.
+    # Reversed, since on ties top_k keeps the first but the mask prunes the first.
     kept = jax.lax.top_k(jnp.abs(w)[::-1], w.size - k)[1]
     return jnp.zeros(w.shape, bool).at[kept].set(True)[::-1]
 
@@ -102,7 +102,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Seconds against size, on logarithmic axes, a panel a dtype."""
+    """Draws seconds against size on logarithmic axes, one panel per dtype."""
     results = report["results"]
     dtypes = list(dict.fromkeys(r["dtype"] for r in results))
     figure, panels = plt.subplots(1, len(dtypes), figsize=(9.5, 3.8), sharey=True, layout="constrained")

@@ -1,7 +1,7 @@
-"""Products with stored sparse weights against the dense product: python benchmarks/sparse_matmul.py [--quick].
+"""Sparse matmul against the dense product: python benchmarks/sparse_matmul.py [--quick].
 
-x @ w for every format, at several sizes, for one row and for 64, in turn with the dense float32 product of the same
-weight. A ratio above 1 says that the dense product is faster.
+Times x @ w for every format, at several sizes, for 1 and 64 rows, interleaved with the dense float32 product of the
+same weight. A ratio above 1 means that the dense product is faster.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLORS = ("#7a8ca3", "#1f5fa8", "#12325a")
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How a weight is pruned, and how it is stored."""
+    """How a weight is pruned and stored."""
 
     name: str
     prune: Callable[[np.ndarray], np.ndarray]
@@ -128,7 +128,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """For each number of rows, the ratio of every format, a bar a size; bytes beside the names."""
+    """Draws the ratio of every format, one panel per number of rows, one bar per size, with bytes next to the names."""
     results = report["results"]
     names = list(dict.fromkeys(r["format"] for r in results))
     sides, rows = (sorted({r[key] for r in results}) for key in ("side", "rows"))

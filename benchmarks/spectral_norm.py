@@ -1,8 +1,8 @@
 """Spectral normalization against Flax and torch: python benchmarks/spectral_norm.py [--quick].
 
-Error: of σ after so many updates of one step, from random vectors, on Gaussian matrices. Time: of one update, ours and
-the other in turn. Tracking: σ of the kernel that a layer uses through 50 steps of AdamW at a learning rate of .01.
-Stack: the 48 kernels of a transformer of 12 layers, `linen.Transformed` against a wrapper of Flax around each.
+Error: relative error of σ after n one-step updates from random vectors, on Gaussian matrices. Time: one update,
+interleaved with each peer. Tracking: σ of the kernel that a layer uses over 50 steps of AdamW at learning rate 0.01.
+Stack: the 48 kernels of a 12-layer transformer, `linen.Transformed` against a Flax wrapper around each.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def gaussian(seed: int, shape: tuple[int, int] = SHAPE) -> np.ndarray:
 
 
 def errors(seeds: int) -> dict[str, list[float]]:
-    """By library, |σ̂/σ − 1| after each update, the mean of the matrices."""
+    """Mean of |σ̂/σ − 1| over the matrices after each update, per library."""
     ws = [gaussian(seed) for seed in range(seeds)]
     exact = [np.linalg.norm(np.float64(w), 2) for w in ws]
     out = {name: np.zeros((seeds, N_UPDATES)) for name in COLORS}
@@ -66,7 +66,7 @@ def one_step(w: jax.Array, search: iteration.Search) -> tuple[iteration.Search, 
 
 
 def ours(w: np.ndarray, seed: int) -> list[float]:
-    """Exactly one step an update, and none before."""
+    """Takes exactly one step per update and none at initialization."""
     search, found = iteration.start(operator(jnp.asarray(w)), jax.random.key(seed)), []
     for _ in range(N_UPDATES):
         search, sigma = one_step(w, search)
@@ -82,7 +82,7 @@ def wrapped(w: np.ndarray, seed: int) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def sigma_of(variables: dict[str, Any]) -> jax.Array:
-    """Flax's estimate."""
+    """Returns Flax's estimate."""
     (sigma,) = (value for name, value in variables["batch_stats"].items() if name.endswith("sigma"))
     return sigma
 
@@ -98,7 +98,7 @@ def flax(w: np.ndarray, seed: int) -> list[float]:
 
 
 def torchs(w: np.ndarray, seed: int) -> list[float]:
-    """torch takes 15 steps at first: here its u and v start from random vectors, as the others do."""
+    """Starts u and v from random vectors like the others; torch would take 15 steps at initialization."""
     layer = torch_layer(w)
     (norm,) = layer.parametrizations.weight
     generator, found = torch.Generator().manual_seed(seed), []
@@ -119,7 +119,7 @@ def torch_layer(w: np.ndarray) -> torch.nn.Module:
 
 
 def programs() -> dict[str, Program]:
-    """One update and the normalized weight times a row."""
+    """One update, and the product of a row with the normalized weight."""
     w, x = gaussian(0), jnp.ones((1, SHAPE[0]))
     t = jw.SpectralNorm()
 
@@ -143,7 +143,7 @@ def programs() -> dict[str, Program]:
 
 
 def tracking(steps: int) -> dict[str, list[float]]:
-    """σ of the kernel used at each step of AdamW, ours and Flax's: a regression on random inputs."""
+    """σ of the kernel used at each step of AdamW, ours and Flax's, in a regression on random inputs."""
     w, teacher = (jnp.asarray(gaussian(seed) / 16) for seed in (0, 1))
     t, (layer, variables) = jw.SpectralNorm(), wrapped(np.asarray(w), 0)
     stats = {"batch_stats": variables["batch_stats"]}
@@ -181,7 +181,7 @@ def train(w: jax.Array, teacher: jax.Array, move: Callable, state: Any, steps: i
 
 
 class Transformer(nn.Module):
-    """The four products of each layer, without what is between them."""
+    """The four products of each layer and nothing between them."""
 
     layers: int
     wrap: Callable[..., nn.Module] = lambda module, name: module
@@ -203,7 +203,7 @@ def flax_wrap(module: nn.Module, name: str) -> nn.Module:
 
 
 def stack(layers: int, features: int, effort: Effort) -> dict[str, Any]:
-    """Ours over Flax: time of a forward pass that updates, of tracing and compiling it, and lines of the program."""
+    """Ratios ours / Flax for an updating forward pass: run time, time to trace and compile, lines of the program."""
     x, key = jnp.ones((8, features)), jax.random.key(0)
     models = {
         "ours": (jw.linen.Transformed(Transformer(layers), jw.SpectralNorm()), "weight_transform"),
@@ -285,7 +285,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 
 def seconds_of(report: dict[str, Any]) -> dict[str, float]:
-    """By library, the seconds of one update."""
+    """Seconds per update, per library."""
     update = report["update"]
     return {"jaxweights": update["Flax"]["ours"]["median"], **{n: u["theirs"]["median"] for n, u in update.items()}}
 

@@ -1,4 +1,4 @@
-"""Interleaved measurement: two programs in turn, so that what slows the machine slows both."""
+"""Interleaved timing of two programs, so that background load affects both."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import numpy as np
 Program = Callable[[int], Any]
 """Runs n times and waits for the results."""
 
-SAMPLE_SECONDS = 0.01  # quick programs are repeated to fill it
+SAMPLE_SECONDS = 0.01  # fast programs are repeated to last this long
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Lower quartile, median and upper quartile."""
+    """Quartiles: lower, median, upper."""
 
     low: float
     median: float
@@ -32,7 +32,7 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Seconds per run of two programs, and their ratio within each round."""
+    """Seconds per run of two programs, and their per-round ratio."""
 
     ours: Spread
     theirs: Spread
@@ -47,14 +47,14 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """At most so many rounds, and none that starts after `seconds`, but for the first."""
+    """Limits: at most `rounds` rounds; after the first, none starts later than `seconds`."""
 
     rounds: int
     seconds: float
 
 
 def compare(ours: Program, theirs: Program, effort: Effort) -> Comparison:
-    """Runs both in turn, the first of a round alternating, after a warm-up; one too slow is the result."""
+    """Times both programs in rounds of alternating order. A warm-up longer than the limit is itself the result."""
     warm_up = seconds(ours, 1), seconds(theirs, 1)
     repeats = math.ceil(SAMPLE_SECONDS / min(warm_up))
     if sum(warm_up) > effort.seconds:
@@ -71,14 +71,14 @@ def compare(ours: Program, theirs: Program, effort: Effort) -> Comparison:
 
 
 def seconds(program: Program, repeats: int) -> float:
-    """Of one run, the mean of several."""
+    """Mean seconds per run."""
     start = time.perf_counter()
     program(repeats)
     return (time.perf_counter() - start) / repeats
 
 
 def function(f: Callable, *args: Any) -> Program:
-    """A jitted function of the same arguments every time."""
+    """Calls a jitted function with the same arguments every time."""
     compiled = jax.jit(f).lower(*args).compile()
 
     def run(n: int) -> None:
@@ -90,7 +90,7 @@ def function(f: Callable, *args: Any) -> Program:
 
 
 def step(f: Callable, carry: Any, *args: Any) -> Program:
-    """A jitted step carry -> carry, whose buffers are donated: `carry` itself is copied first."""
+    """Iterates a jitted step carry -> carry with donated buffers, starting from a copy of `carry`."""
     compiled = jax.jit(f, donate_argnums=0).lower(carry, *args).compile()
     carry = jax.tree.map(lambda a: a.copy(), carry)
 
@@ -104,7 +104,7 @@ def step(f: Callable, carry: Any, *args: Any) -> Program:
 
 
 def compilation(f: Callable, *args: Any) -> Program:
-    """Tracing and compiling a function anew."""
+    """Traces and compiles a function from scratch."""
 
     def run(n: int) -> None:
         for _ in range(n):
@@ -114,5 +114,5 @@ def compilation(f: Callable, *args: Any) -> Program:
 
 
 def temporary_bytes(f: Callable, *args: Any) -> int:
-    """What the compiled function allocates beside its arguments and results."""
+    """Bytes the compiled function allocates besides its arguments and results."""
     return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes

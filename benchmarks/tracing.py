@@ -1,7 +1,7 @@
 """Trace time of `project` on a tree of 1,000 weights: python benchmarks/tracing.py [--quick] [--before DIRECTORY].
 
-With `--before` the directory of another checkout, such as a git worktree of an older commit, is measured in turn: each
-round starts one process for each. Seconds are processor time, so other work on the machine counts less.
+`--before` names another checkout, such as a git worktree of an older commit, to measure in alternation: each round
+starts one process per checkout. Seconds are CPU time, which background load affects less.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CASES = ("ClipWeights", "Chain(ClipWeights, Prune)", "Chain(ClipWeights, Prune(s
 
 
 def measure(n: int) -> dict[str, dict[str, float]]:
-    """{case: seconds to trace and to lower one update, and the equations of the program}."""
+    """Returns {case: seconds to trace and to lower one update, and the number of equations}."""
     import jax
     import jax.numpy as jnp
 
@@ -48,14 +48,14 @@ def measure(n: int) -> dict[str, dict[str, float]]:
 
 
 def run(checkout: Path, n: int) -> dict[str, dict[str, float]]:
-    """`measure` in a process of its own that imports the library from this checkout."""
+    """Runs `measure` in a separate process that imports the library from `checkout`."""
     env = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, "--measure", str(n)]
     return json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
 
 
 def best(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """The least of all rounds."""
+    """Takes the minimum over all rounds."""
     return {case: {name: min(r[case][name] for r in rounds) for name in rounds[0][case]} for case in CASES}
 
 

@@ -1,6 +1,6 @@
 """The array level: every technique is a function of an array.
 
-The weight is real: the 64x10 matrix that maps scikit-learn's digits to their classes, by ridge regression.
+The weight is the 64x10 matrix of a ridge regression from scikit-learn's digits to their classes.
 """
 
 import jax

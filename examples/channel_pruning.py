@@ -1,9 +1,9 @@
-"""Removes channels from a trained residual network: python examples/channel_pruning.py [--data fashion-mnist].
+"""Remove channels from a trained residual network: python examples/channel_pruning.py [--data fashion-mnist].
 
-The groups of channels that must go together are found in the model itself: the residual stream, which the stem and
-every block write to; the two convolutions of a block and the batch norms between; the hidden layer behind the flatten.
-Those of smallest norm are removed, which leaves an ordinary, smaller model. It computes what the model with masked
-channels does, in less time; a short training makes up for what was lost.
+The groups of coupled channels are found by tracing the model: the residual stream, which the stem and every block write
+to; the two convolutions of a block and the batch norms between them; the hidden layer after the flatten. Removing the
+channels of smallest norm leaves an ordinary, smaller model. It computes the same outputs as the model with those
+channels masked, in less time. A short fine-tuning recovers the lost accuracy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH = 128
 
 
 class ResNet(nn.Module):
-    """A stem, blocks of a 3x3 and a depthwise convolution in a residual stream, and two dense layers."""
+    """A stem, residual blocks with a 3x3 and a depthwise convolution, and two dense layers."""
 
     stem: int = 48
     blocks: tuple[int, ...] = (96, 96)
@@ -51,13 +51,13 @@ class ResNet(nn.Module):
 
 
 def model_of(variables: dict[str, Any]) -> ResNet:
-    """The model of these weights: its widths are theirs."""
+    """The model whose widths match these weights."""
     width = lambda name: variables["params"][name]["kernel"].shape[-1]
     return ResNet(width("stem"), tuple(width(f"expand{i}") for i in range(len(ResNet.blocks))), width("hidden"))
 
 
 def layers(group: jw.units.UnitGroup, reads: bool) -> str:
-    """The layers that read the units of a group, or those that make them."""
+    """The layers that read the units of a group, or the layers that produce them."""
     kernels = [s.path.split("/") for s in group.slots if s.reads == reads and s.path.endswith("kernel")]
     return ", ".join(path[-2] for path in kernels)
 
@@ -72,7 +72,7 @@ def accuracy(variables: dict[str, Any], images: jax.Array, labels: np.ndarray) -
 
 
 def times(models: list[dict[str, Any]], x: jax.Array, rounds: int) -> np.ndarray:
-    """Milliseconds for `x`, in turn, of shape (rounds, models)."""
+    """Milliseconds per call on `x`, models interleaved, shape (rounds, models)."""
     samples = np.empty((rounds, len(models)))
     for i, j in np.ndindex(samples.shape):
         start = time.perf_counter()
@@ -106,28 +106,28 @@ def train(variables: dict[str, Any], data: image_data.Data, steps: int, rate: fl
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of the model."""
+    """The model before and after pruning."""
 
     groups: dict[tuple[str, str], tuple[int, int]]
-    """{(layers that make the units, layers that read them): (units before, units after)}"""
+    """{(layers that produce the units, layers that read them): (units before, units after)}"""
     accuracy: dict[str, float]
     entries: tuple[int, int]
-    """Of the weights, before and after."""
+    """Number of weights before and after."""
     batch: int
     milliseconds: tuple[float, ...]
-    """For a batch, before and after."""
+    """Time per batch before and after."""
     ratio: float
-    """Time after, over time before."""
+    """Time after divided by time before."""
     difference: float
-    """Largest between the logits of the masked and of the smaller model, over the largest logit."""
+    """Largest difference between the logits of the masked and the smaller model, relative to the largest logit."""
 
 
 def main(arguments: list[str] | None = None) -> Result:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits")
     parser.add_argument("--remove", type=float, default=0.6, help="fraction of the units of each group")
-    parser.add_argument("--steps", type=int, default=200, help="of training; half as many follow the removal")
-    parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
+    parser.add_argument("--steps", type=int, default=200, help="training steps; fine-tuning takes half as many")
+    parser.add_argument("--quick", action="store_true", help="smoke test with few steps")
     options = parser.parse_args(arguments)
     steps = 4 if options.quick else options.steps
 

@@ -1,19 +1,19 @@
-"""A GAN with either of the two classic critics of bounded slope: clipped weights, or spectrally normalized ones.
+"""Train a GAN whose critic has a bounded slope: by weight clipping or by spectral normalization.
 
     python examples/gan.py
     python examples/gan.py --data fashion-mnist
 
-The generator learns from the slope of the critic, so that slope must be bounded. WGAN (Arjovsky, Chintala and Bottou,
-arXiv:1701.07875, 2017) clips every weight of the critic to ±0.01 after each step: `jw.project(jw.ClipWeights(0.01))`
-at the end of its optax chain. SN-GAN (Miyato et al., arXiv:1802.05957, 2018) computes with kernels divided by their
-spectral norms: `jw.linen.Transformed(critic, jw.SpectralNorm())`. Miyato et al. read the kernel of a convolution as a
-matrix; `jw.ConvSpectralNorm` takes the norm of the convolution itself, so that the whole critic has a slope of at
-most 1. The same networks are trained with each, by the settings of the papers; only the rate of WGAN is 1e-4, not 5e-5,
-since training is short.
+The generator learns from the gradient of the critic, so that gradient must be bounded. WGAN (Arjovsky, Chintala and
+Bottou, arXiv:1701.07875, 2017) clips every weight of the critic to ±0.01 after each step:
+`jw.project(jw.ClipWeights(0.01))` at the end of its optax chain. SN-GAN (Miyato et al., arXiv:1802.05957, 2018) divides
+each kernel by its spectral norm: `jw.linen.Transformed(critic, jw.SpectralNorm())`. Miyato et al. flatten the kernel of
+a convolution to a matrix; `jw.ConvSpectralNorm` uses the norm of the convolution itself, which bounds the slope of the
+whole critic by 1. All critics train the same networks with the settings of the papers, except that the learning rate of
+WGAN is 1e-4 instead of 5e-5 because training is short.
 
-How steep is each critic? Its Lipschitz constant is at most the product of the exact operator norms of its layers,
-and at least the largest gradient, or quotient of differences, found at real, generated and mixed images. What the
-critic tells apart, E f(real) - E f(generated), over the upper bound, is less than the Wasserstein distance.
+The example bounds the Lipschitz constant of each critic: from above by the product of the exact operator norms of its
+layers, and from below by the largest gradient or difference quotient found at real, generated and mixed images. The
+gap E f(real) - E f(generated), divided by the upper bound, is a lower bound of the Wasserstein distance.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ CRITICS = ("clipping", "SpectralNorm", "ConvSpectralNorm")
 LATENT, HIDDEN = 32, 128
 BATCH = 64
 CRITIC_STEPS = 5
-"""Steps of the critic for each of the generator, as in both papers."""
+"""Critic steps per generator step, as in both papers."""
 AVERAGE = 0.01
 SAMPLES, MEASURED = 2000, 500
-"""Generated images whose distance to real ones is measured, and at which the slope of the critic is."""
+"""Numbers of generated images used to measure the distance to real images and the slope of the critic."""
 ROUNDS = 25
-"""How many times a run is measured."""
+"""Number of measurements per run."""
 
 
 class Generator(nn.Module):
-    """Noise to images in [-1, 1]: two dense layers, then convolutions that make four pixels of one."""
+    """Maps noise to images in [-1, 1]: two dense layers, then convolutions that upsample by 2."""
 
     size: int
     width: int
@@ -67,13 +67,13 @@ class Generator(nn.Module):
 
 
 def enlarge(x: jax.Array) -> jax.Array:
-    """(n, h, w, 4c) -> (n, 2h, 2w, c): the channels of a pixel become four pixels."""
+    """Depth to space: (n, h, w, 4c) -> (n, 2h, 2w, c)."""
     n, h, w, c = x.shape
     return x.reshape(n, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, c // 4)
 
 
 class Critic(nn.Module):
-    """Images to a number each. Its slope is at most the product of the norms of its three layers."""
+    """Maps each image to a number. Its slope is at most the product of the norms of its three layers."""
 
     width: int
 
@@ -85,7 +85,7 @@ class Critic(nn.Module):
 
 
 def convolutions(size: int, width: int) -> dict[str, tuple[int, int, int]]:
-    """The convolutions of the critic, and the shapes of the images they see."""
+    """The convolutions of the critic and their input shapes."""
     return {"conv0": (size, size, 1), "conv1": (size // 2, size // 2, width)}
 
 
@@ -103,9 +103,9 @@ class Way(NamedTuple):
     loss: Callable[[jax.Array, jax.Array], jax.Array]
     optimizer: optax.GradientTransformation
     transform: Any = None
-    """Around the critic: it computes with transformed weights."""
+    """Wraps the critic, which then computes with transformed weights."""
     project: Any = None
-    """After each update: the stored weights themselves are changed."""
+    """Changes the stored weights after each update."""
 
 
 def way(critic: str, size: int, width: int) -> Way:
@@ -132,19 +132,19 @@ def draw(generator: Generator, params: Any, key: jax.Array, n: int) -> jax.Array
 
 
 class State(NamedTuple):
-    """All that training moves."""
+    """The state of training."""
 
     generator: Any
     average: Any
-    """Of the generator's parameters over the last steps: pictures are made with it."""
+    """Moving average of the generator's parameters, used for sampling."""
     critic: Any
     rest: Any
-    """What the critic moves itself: the state of its transform."""
+    """The state of the critic's transform, which the critic updates itself."""
     optimizers: Any
 
 
 class Gan:
-    """A generator and a critic in training."""
+    """A generator and a critic during training."""
 
     def __init__(self, way: Way, images: jax.Array, width: int, seed: int):
         self.way, self.images = way, images
@@ -164,12 +164,12 @@ class Gan:
         return draw(self.generator, self.state.average, jax.random.key(0), n)
 
     def weights(self) -> dict[str, Any]:
-        """Those that the critic computes with, of a plain `Critic`."""
+        """The weights the critic computes with, as parameters of a plain `Critic`."""
         variables = {"params": self.state.critic, **self.state.rest}
         return (jw.linen.fold(self.critic, variables) if self.way.transform else variables)["params"]
 
     def step(self) -> None:
-        """Five steps of the critic and one of the generator."""
+        """Five critic steps and one generator step."""
         self.key, *keys = jax.random.split(self.key, CRITIC_STEPS + 2)
         for key in keys[1:]:
             self.state = self._move_critic(self.state, key)
@@ -199,7 +199,7 @@ class Gan:
 
 
 class Measurer:
-    """Measures a critic of given weights: what its layers' norms are, how steep it is, what it tells apart."""
+    """Measures a critic: the norms of its layers, its slope, and its gap between real and generated images."""
 
     def __init__(self, images: jax.Array, width: int):
         self.images = images
@@ -218,13 +218,13 @@ class Measurer:
         self._measure = measure
 
     def __call__(self, gan: Gan, fake: jax.Array) -> tuple[dict[str, float], float, float]:
-        """(norms of the layers, lower bound of the Lipschitz constant, E f(real) - E f(generated))."""
+        """Returns (layer norms, lower bound of the Lipschitz constant, E f(real) - E f(generated))."""
         norms, lower, gap = self._measure(gan.weights(), fake[:MEASURED], jax.random.key(0))
         return {name: float(n) for name, n in norms.items()}, float(lower), float(gap)
 
 
 def run(way: Way, images: jax.Array, args, measurer: Measurer, features: gan_measures.Features, advance) -> Any:
-    """Trains with one critic, and measures as it goes."""
+    """Trains with one critic and measures it along the way."""
     gan = Gan(way, images, args.width, args.seed)
     curves = gan_report.Curves([], [], [], [], [])
     seconds = []
@@ -244,14 +244,14 @@ def run(way: Way, images: jax.Array, args, measurer: Measurer, features: gan_mea
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The result of each critic."""
+    """Returns the result of each critic."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits")
     parser.add_argument("--critics", nargs="+", choices=CRITICS, default=CRITICS)
-    parser.add_argument("--steps", type=int, default=1500, help="of the generator; each follows five of the critic")
+    parser.add_argument("--steps", type=int, default=1500, help="generator steps; each follows five critic steps")
     parser.add_argument("--width", type=int, default=32, help="channels of the first convolution of the critic")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="where the picture goes; gan_<data>.png by default")
+    parser.add_argument("--out", help="path of the picture; gan_<data>.png by default")
     args = parser.parse_args(argv)
 
     data = image_data.load(args.data)

@@ -1,4 +1,4 @@
-"""How steep a critic is, and how far a generator's images are from real ones."""
+"""Measures the slope of a critic and the distance between generated and real images."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CHUNK = 1000
 def steepest(critic: Callable[[jax.Array], jax.Array], real: jax.Array, fake: jax.Array, key: jax.Array) -> jax.Array:
     """A lower bound of the Lipschitz constant of a critic.
 
-    The largest of its gradients at real and generated images and at mixtures of the two, and of the quotients of
-    differences between the two.
+    Takes the largest of the gradient norms at real, generated and mixed images and of the difference quotients between
+    real and generated images.
     """
     share = jax.random.uniform(key, (len(real), 1, 1, 1))
     gradients = jax.grad(lambda x: critic(x).sum())(jnp.concatenate([real, fake, share * real + (1 - share) * fake]))
@@ -30,7 +30,7 @@ def steepest(critic: Callable[[jax.Array], jax.Array], real: jax.Array, fake: ja
 
 
 class Features:
-    """The hidden layer of a classifier of the real images, and what those look like there: mean and covariance."""
+    """The hidden layer of a classifier of the real images, and the mean and covariance of their features."""
 
     def __init__(self, data: image_data.Data, steps: int):
         model = LinenCNN(("none",) * 3, nn.initializers.he_normal())
@@ -62,7 +62,7 @@ class Features:
         self.real = self.moments(images)
 
     def _of(self, images) -> tuple[np.ndarray, ...]:
-        """(classes, hidden layer) of images, a chunk at a time."""
+        """Returns (classes, hidden layer), computed in chunks."""
         chunks = [self._predict(images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)]
         return tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
 
@@ -71,7 +71,7 @@ class Features:
         return features.mean(0), np.cov(features.T)
 
     def distance(self, images) -> float:
-        """Fréchet distance to the training images: ‖μ − ν‖² + tr(A + B − 2(AB)^½), of means and covariances.
+        """Fréchet distance to the training images, ‖μ − ν‖² + tr(A + B − 2(AB)^½), from means and covariances.
 
         References: Heusel, Ramsauer, Unterthiner, Nessler and Hochreiter, GANs Trained by a Two Time-Scale Update
         Rule Converge to a Local Nash Equilibrium, arXiv:1706.08500, 2017.

@@ -1,4 +1,4 @@
-"""What comes of the critics, as a table in the terminal and a picture."""
+"""Reports the results of the critics as a table and a picture."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from matplotlib import pyplot as plt
 COLORS = ("#c0392b", "#d68910", "#1f5fa8")
 ROWS = 8
 SHOWN = ROWS * ROWS
-"""Samples in the picture."""
+"""Number of samples in the picture."""
 
 
 class Curves(NamedTuple):
-    """What was measured over training."""
+    """Measurements over training."""
 
     steps: list[int]
     lower: list[float]
     upper: list[float]
-    """Bounds of the critic's Lipschitz constant."""
+    """`lower` and `upper` bound the critic's Lipschitz constant."""
     gap: list[float]
-    """Mean score of real images less that of generated ones."""
+    """Mean score of real images minus that of generated ones."""
     distance: list[float]
     """Fréchet distance of generated images to real ones."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One run."""
+    """The result of one run."""
 
     samples: np.ndarray
     norms: dict[str, float]
-    """Of the critic's layers, as operators, at the end."""
+    """Final operator norms of the critic's layers."""
     curves: Curves
     seconds: float
-    """A step of the generator and those of the critic before it."""
+    """Time per generator step, including its critic steps."""
 
 
 def progress() -> Progress:
@@ -73,7 +73,7 @@ def table(title: str, results: dict[str, Result], floor: float, accuracy: float)
 
 
 def picture(path: str, title: str, real: np.ndarray, results: dict[str, Result]) -> None:
-    """Samples of each run beside real images; the bounds of the critics' slopes and the distances over training."""
+    """Draws samples next to real images, and the slope bounds and distances over training."""
     figure = plt.figure(figsize=(13, 7.2), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
     top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, 3])
@@ -109,18 +109,18 @@ def picture(path: str, title: str, real: np.ndarray, results: dict[str, Result])
         axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 3) if axes is quality else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-    slope.set_ylim(top=8 * max(max(r.curves.upper) for r in results.values()))  # the legend's room
+    slope.set_ylim(top=8 * max(max(r.curves.upper) for r in results.values()))  # room for the legend
     told.set_ylim(bottom=0)
     figure.suptitle(title, fontsize=12)
     figure.set_dpi(100)
     figure.canvas.draw()
-    # 256 colors are enough, and a third of the bytes.
+    # 256 colors suffice and take a third of the bytes.
     Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(256).save(path, optimize=True)
     plt.close(figure)
 
 
 def mosaic(images: np.ndarray) -> np.ndarray:
-    """(n, h, w, 1) -> one picture of ROWS x ROWS of them, a pixel apart."""
+    """Tiles images (n, h, w, 1) in a ROWS x ROWS grid with a border of one pixel."""
     tiles = np.pad(images[:SHOWN, :, :, 0], ((0, 0), (1, 1), (1, 1)), constant_values=1)
     h, w = tiles.shape[1:]
     return tiles.reshape(ROWS, ROWS, h, w).transpose(0, 2, 1, 3).reshape(ROWS * h, ROWS * w)

@@ -1,4 +1,4 @@
-"""Real images to train on, without a download: scikit-learn's digits, and Fashion-MNIST from a Debian package."""
+"""Image datasets that need no download: scikit-learn's digits, and Fashion-MNIST from a Debian package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Data(NamedTuple):
-    """Images of shape (n, height, width, 1), mean 0 and variance 1 over the training set, and their classes."""
+    """Images (n, height, width, 1), standardized over the training set, and their classes."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -27,7 +27,7 @@ def load(name: str) -> Data:
 
 
 def digits() -> Data:
-    """1,797 handwritten digits of 8x8 pixels; 30% of each class are held out."""
+    """1,797 handwritten digits, 8x8 pixels; 30% of each class is held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -38,14 +38,14 @@ def digits() -> Data:
 
 
 def fashion_mnist() -> Data:
-    """60,000 + 10,000 pictures of clothes of 28x28 pixels."""
+    """60,000 + 10,000 pictures of clothing, 28x28 pixels."""
     if not FASHION_MNIST.is_dir():
         raise SystemExit(f"{FASHION_MNIST} is missing: install it with `apt install dataset-fashion-mnist`")
     return Data(_images("train"), _labels("train"), _images("t10k"), _labels("t10k"))
 
 
 def batches(n: int, steps: int, size: int, seed: int) -> np.ndarray:
-    """Indices of shape (steps, size): every image once an epoch, in a new order each time."""
+    """Indices of shape (steps, size): every image once per epoch, reshuffled each epoch."""
     rng = np.random.default_rng(seed)
     epochs = -(-steps * size // n)
     return np.concatenate([rng.permutation(n) for _ in range(epochs)])[: steps * size].reshape(steps, size)

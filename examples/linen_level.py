@@ -1,7 +1,7 @@
 """The Linen level: a module that computes with transformed weights and stores the plain ones.
 
-The state of the transform (singular vectors here) lives in a collection of its own, next to the parameters,
-whose names do not change: a checkpoint of the plain module fits the wrapped one.
+The state of the transform (here singular vectors) lives in its own collection. Parameter names do not change, so a
+checkpoint of the plain module loads into the wrapped one.
 """
 
 import flax.linen as nn

@@ -1,5 +1,5 @@
-"""A sentence encoder pruned in one shot: all kernels of MiniLM-L6, by magnitude, Wanda and SparseGPT, with and without
-least-squares repair, calibrated on some of Shakespeare's sentences and compared with the dense model on others.
+"""Prune a sentence encoder in one shot: all kernels of MiniLM-L6, by magnitude, Wanda and SparseGPT, with and without
+least-squares repair. Calibrates on some of Shakespeare's sentences and compares with the dense model on others.
 
 See minilm_model.py for what to install. Nothing is downloaded at run time.
 """
@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PATTERNS = {"50%": 0.5, "60%": 0.6, "70%": 0.7, "2:4": (2, 4)}
-METHODS = {  # color, and the width of a line that may lie under the next
+METHODS = {  # color and line width; a wide line stays visible under the next
     "magnitude": ("#9a9a9a", 2),
     "Wanda": ("#8fbfe0", 2),
     "Wanda + repair": ("#1f5fa8", 6),
@@ -39,7 +39,7 @@ EXAMPLES = ["The weather is lovely today.", "It's so sunny outside!", "He drove 
 
 
 def prune(w: jax.Array, stats: jw.calibration.InputStats, sparsity, method: str) -> jax.Array:
-    """One kernel, or a stack of them, pruned."""
+    """Prunes one kernel or a stack of kernels."""
     if method == "magnitude":
         return jnp.where(jw.magnitude_mask(w, sparsity, axes=stats.axes), w, 0)
     if method.startswith("Wanda"):
@@ -52,7 +52,7 @@ def prune(w: jax.Array, stats: jw.calibration.InputStats, sparsity, method: str)
 
 @partial(jax.jit, static_argnames=("method", "group"))
 def prune_all(params, stats, fraction, method: str, group: tuple[int, int] | None = None):
-    """The parameters with every kernel that has statistics pruned."""
+    """Prunes every kernel that has statistics."""
     flat = flatten_dict(params, sep="/")
     new = {path: prune(flat[path], s, group or fraction, method) for path, s in stats.items()}
     return unflatten_dict(flat | new, sep="/")
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--calibration", type=int, default=128, help="sentences of each length to calibrate on")
     parser.add_argument("--held-out", type=int, default=100, help="sentences of each length to compare on")
     parser.add_argument("--quick", action="store_true", help="few sentences, at 2:4 only, without repair")
-    parser.add_argument("--out", default="minilm.png", help="where the picture goes")
+    parser.add_argument("--out", default="minilm.png", help="path of the picture")
     options = parser.parse_args(arguments)
     if lacking := minilm_model.missing():
         sys.exit("this example needs packages that are not installed:\n  " + "\n  ".join(lacking))
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 def show_examples(embeddings: jax.Array) -> None:
-    """Sentences that are alike have vectors that are."""
+    """Shows that similar sentences have similar embeddings."""
     view = Table(title="MiniLM-L6 in Flax: cosines", title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("", "1", "2", "3"):
         view.add_column(heading, justify="right" if heading else "left")
@@ -130,7 +130,7 @@ def print_table(view: Table) -> None:
 
 
 def picture(path: str, cosines: dict[str, dict[str, float]]) -> None:
-    """Cosine against sparsity, and at 2:4."""
+    """Draws cosine against sparsity, and cosine at 2:4."""
     figure, (curves, bars) = plt.subplots(
         1, 2, figsize=(10, 4.2), layout="constrained", width_ratios=[3, 2], sharey=True
     )

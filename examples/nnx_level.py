@@ -1,7 +1,7 @@
 """The NNX level: a module of the same class that computes with transformed weights and stores the plain ones.
 
-Training with weights on a grid of 16 values (4 bits): the forward pass rounds, the gradient goes straight
-through, and the parameters themselves stay in float32.
+Trains with weights on a grid of 16 values (4 bits): the forward pass rounds, the gradient is straight-through, and the
+parameters stay in float32.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ class MLP(nnx.Module):
         return self.head(nnx.relu(self.norm(self.hidden(x))))
 
     def kernel(self):
-        """The hidden kernel: inside a method, weights are as the model computes with them."""
+        """Returns the hidden kernel. Methods see the transformed weights."""
         return self.hidden.kernel[...]
 
 

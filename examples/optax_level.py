@@ -1,7 +1,7 @@
-"""The optax level: decay is a term of the update, clipping and pruning are projections after it.
+"""The optax level: weight decay is a term of the update; clipping and pruning are projections after it.
 
-A linear classifier of scikit-learn's digits whose weights stay in [-1, 1] and become 50% zeros while it
-trains: exactly so after every step, whatever the optimizer does.
+Trains a linear classifier on scikit-learn's digits. Its weights stay in [-1, 1] and are gradually pruned to 50% zeros.
+Both constraints hold exactly after every step, with any optimizer.
 """
 
 import jax

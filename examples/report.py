@@ -1,4 +1,4 @@
-"""What comes of the runs, as a table in the terminal and a picture."""
+"""Reports the results of the runs as a table and a picture."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from matplotlib import pyplot as plt
 
 COLOR = "#1f5fa8"
 KERNEL = "conv2/kernel"
-"""The kernel whose weights the picture shows."""
+"""The kernel shown in the picture."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One run. What is said of weights is said of the kernels, as the model computes with them."""
+    """The result of one run. Weight statistics are those of the kernels as the model uses them."""
 
     technique: Any
     curve: list[float]
     """Test accuracy after each round."""
     kernels: dict[str, np.ndarray]
     sigma: float
-    """The largest singular value of all kernels."""
+    """Largest singular value over all kernels."""
     largest: float
     values: int
-    """Distinct values in the kernel that has most."""
+    """Largest number of distinct values in a kernel."""
     zeros: float
     norm: float
     bytes: int
     stored_accuracy: float
-    """Test accuracy with the weights as they are stored."""
+    """Test accuracy with the stored weights."""
     cost: float
-    """Time of a step over that of the baseline."""
+    """Time per step relative to the baseline."""
 
     @property
     def early(self) -> float:
@@ -89,7 +89,7 @@ def table(title: str, results: dict[str, Result], steps_per_round: int) -> None:
 
 
 def picture(path: str, results: dict[str, Result], steps_per_round: int) -> None:
-    """For each run, its accuracy over the baseline's and below it the weights of one kernel."""
+    """Draws the accuracy of each run on top of the baseline's, and below it a histogram of one kernel."""
     baseline = results["baseline"]
     columns = -(-len(results) // 2)
     figure, axes = plt.subplots(

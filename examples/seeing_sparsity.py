@@ -1,7 +1,7 @@
-"""Prunes a small network in three ways, and shows what became of it: python examples/seeing_sparsity.py.
+"""Prune a small network in three ways and show the result: python examples/seeing_sparsity.py.
 
-One layer keeps 2 of every 4 inputs and is stored packed, one keeps a few blocks, one a few single weights. The summary
-says what each looks like and what it takes; the picture shows how much each layer keeps, and two of the masks.
+One layer keeps 2 of every 4 inputs and is stored packed, one keeps a few blocks, and one keeps scattered weights. The
+summary shows the pattern and size of each; the picture shows the density of each layer and two of the masks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WIDTHS = (64, 256, 256, 128, 10)
 
 
 def model(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Dense layers; a kernel may be an array or stored."""
+    """An MLP whose kernels are arrays or in sparse storage."""
     for i in range(len(WIDTHS) - 1):
         x = x @ params[f"dense{i}"]["kernel"] + params[f"dense{i}"]["bias"]
         x = jax.nn.relu(x) if i < len(WIDTHS) - 2 else x
@@ -35,7 +35,7 @@ def model(params: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def masks(params: dict[str, Any]) -> dict[str, jax.Array]:
-    """{layer: where a weight is kept}, by magnitude."""
+    """Masks by magnitude: {layer: True where a weight is kept}."""
     kernel = lambda i: params[f"dense{i}"]["kernel"]
     return {
         "dense0": jw.magnitude_mask(kernel(0), (2, 4)),
@@ -45,7 +45,7 @@ def masks(params: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 def train(params: dict[str, Any], kept: dict[str, jax.Array], steps: int) -> dict[str, Any]:
-    """Adam on the digits, with what is not kept at zero after every step."""
+    """Trains on the digits with Adam; pruned weights are zero after every step."""
     data, tx = digits(), optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     images, labels = jnp.asarray(data.train_images.reshape(-1, 64) / 16), jnp.asarray(data.train_labels)
 
@@ -84,8 +84,8 @@ def picture(summary: jw.typing.Summary, stored: dict[str, Any], path: Path) -> N
 
 def main(arguments: list[str] | None = None) -> tuple[jw.typing.Summary, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("seeing_sparsity.png"), help="where the picture goes")
-    parser.add_argument("--steps", type=int, default=200, help="of training before and after pruning")
+    parser.add_argument("--out", type=Path, default=Path("seeing_sparsity.png"), help="path of the picture")
+    parser.add_argument("--steps", type=int, default=200, help="training steps before and after pruning")
     options = parser.parse_args(arguments)
 
     keys = jax.random.split(jax.random.key(0), len(WIDTHS))

@@ -1,7 +1,7 @@
-"""One small CNN, written in Flax Linen and in Flax NNX, and what a training loop needs of either.
+"""A small CNN in Flax Linen and in Flax NNX, with a common interface for the training loop.
 
-Two strided convolutions, a hidden layer and a head, each of the first three followed by a norm of choice. Both
-versions name their parameters alike ("conv1/kernel", "norm1/scale"), so the weights of one fit the other.
+Two strided convolutions, a hidden layer and a head. Each of the first three is followed by an optional norm. Both
+versions use the same parameter names ("conv1/kernel", "norm1/scale"), so their weights are interchangeable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CLASSES = 10
 CHANNELS = (16, 32)
 HIDDEN = 64
 STATE = "weight_transform"
-"""Where a transformed module keeps the state of its transform."""
+"""The collection in which a transformed module keeps its state."""
 
 
 class LinenCNN(nn.Module):
@@ -75,12 +75,12 @@ class NNXCNN(nnx.Module):
 
 
 class Model(NamedTuple):
-    """What training needs to know of a model, whatever it is written in."""
+    """The interface of a model for training, in Linen or NNX."""
 
     params: Any
-    """What the optimizer moves."""
+    """Parameters, updated by the optimizer."""
     rest: Any
-    """What the model moves itself: running statistics, the state of a transform."""
+    """State that the model updates itself: running statistics, the state of a transform."""
     forward: Callable[..., tuple[jax.Array, Any]]
     """(params, rest, images, train) -> (logits, rest)."""
     export: Callable[..., Any]
@@ -105,7 +105,7 @@ def linen_model(image_shape, norms, kernel_init, transform=None, *, seed: int = 
 
 
 def nnx_model(image_shape, norms, kernel_init, transform=None, *, seed: int = 0) -> Model:
-    """The same model with the same initial weights: they are made by `linen_model` and loaded here."""
+    """The NNX model with the initial weights of `linen_model`."""
 
     def build():
         model = NNXCNN(image_shape, norms, kernel_init, rngs=nnx.Rngs(0))

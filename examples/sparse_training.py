@@ -1,13 +1,13 @@
-"""Trains a CNN at 90%, 95% and 98% zeros, in three ways: python examples/sparse_training.py [--data fashion-mnist].
+"""Train a CNN to 90%, 95% and 98% sparsity in three ways: python examples/sparse_training.py [--data fashion-mnist].
 
-- one-shot: trained dense for half of the steps, pruned by magnitude all at once, and trained on;
-- gradual: pruned by magnitude little by little while it trains, on Zhu and Gupta's cubic schedule;
-- RigL: sparse from the first step to the last, at random at first (Erdős–Rényi-kernel densities), then with the
-  smallest weights dropped and those of largest gradient grown.
+- one-shot: trains dense for half of the steps, prunes by magnitude once, and fine-tunes;
+- gradual: prunes by magnitude during training, on Zhu and Gupta's cubic schedule;
+- RigL: sparse throughout. Starts from a random mask (Erdős–Rényi-kernel densities), then repeatedly drops the smallest
+  weights and grows those with the largest gradient.
 
-Each is a spec for `jw.confine`, which puts it around Adam, and has as many steps as the dense baseline. Magnitudes are
-compared across all layers. All sparsities and seeds of a method are trained at once. On digits, without options (CPU,
-jax 0.10.2), test accuracy in %, mean ± standard deviation of 3 seeds; dense 98.2 ± 0.6:
+Each is a spec for `jw.confine`, which wraps Adam, and trains for as many steps as the dense baseline. Magnitudes are
+compared across all layers. All sparsities and seeds of a method train in one program. Test accuracy in % on digits with
+default options (CPU, jax 0.10.2), mean ± standard deviation of 3 seeds; dense 98.2 ± 0.6:
 
     zeros            90%          95%          98%
     one-shot  92.8 ± 1.1   80.5 ± 0.9   23.1 ± 6.7
@@ -70,7 +70,7 @@ def train(
     seed: jax.Array,
     order: jax.Array,
 ) -> tuple[Any, jax.Array]:
-    """(weights, test accuracy) after training on the batches of images that `order` lists."""
+    """Returns (weights, test accuracy) after training on the batches listed in `order`."""
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
     steps = len(order)
     model = linen_model(images.shape[1:], ("batch", "batch", "batch"), jw.he_normal, seed=seed)
@@ -96,16 +96,16 @@ def train(
 
 
 class Result(NamedTuple):
-    """What came of a method: everything has an axis for the sparsities, then one for the seeds."""
+    """The result of a method. All arrays have a leading axis of sparsities, then one of seeds."""
 
     params: Any
     accuracy: np.ndarray
     sparsity: np.ndarray
-    """Of the kernels, as counted."""
+    """Measured sparsity of the kernels."""
 
 
 def run(method, data: image_data.Data, rate: float, sparsities: list[float], seeds: int, steps: int) -> Result:
-    """Trains with every sparsity and seed, in one program."""
+    """Trains with every sparsity and seed in one program."""
     orders = np.stack([image_data.batches(len(data.train_labels), steps, BATCH, seed) for seed in range(seeds)])
     pairs = [np.repeat(np.float32(sparsities), seeds), np.tile(np.arange(seeds), len(sparsities))]
     runs = jax.jit(jax.vmap(partial(train, method, data, rate)))(*pairs, orders[pairs[1]])
@@ -121,8 +121,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Result]:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate at the start")
-    parser.add_argument("--out", default="sparse_training.png", help="file of the picture")
+    parser.add_argument("--rate", type=float, default=3e-3, help="initial learning rate")
+    parser.add_argument("--out", default="sparse_training.png", help="path of the picture")
     options = parser.parse_args(arguments)
 
     data = image_data.load(options.data)
@@ -155,7 +155,7 @@ def show(console: Console, results: dict[str, Result], options: argparse.Namespa
 
 
 def picture(results: dict[str, Result], options: argparse.Namespace) -> None:
-    """Accuracy by sparsity; what each layer of the sparsest RigL network keeps; and the mask of its largest layer."""
+    """Draws accuracy by sparsity, layer densities of the sparsest RigL network, and the mask of its largest layer."""
     figure, (curves, layers, mask) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", width_ratios=[5, 4, 4])
     places = np.arange(len(options.sparsity))
     dense = 100 * results["dense"].accuracy[0]

@@ -1,10 +1,10 @@
-"""Ten techniques on one small CNN: what each promises, what it keeps, what it costs.
+"""Ten techniques on one small CNN: what each promises, whether it holds, and what it costs.
 
     python examples/ten_techniques.py
     python examples/ten_techniques.py --backend nnx --data fashion-mnist
 
-Trains a baseline, then the same network with each technique, then with all of them, and shows a table and a
-picture. The runs take turns, a round of steps each, so that a busy machine slows all of them alike.
+Trains a baseline, the same network with each technique, and one with all of them, and shows a table and a picture. The
+runs are interleaved, a round of steps at a time, so background load affects all of them alike.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from small_cnn import LinenCNN, linen_model, nnx_model
 import jaxweights as jw
 
 ROUND = 30
-"""Steps between two measurements."""
+"""Steps between measurements."""
 BATCH = 64
 STEPS = {"digits": 600, "fashion-mnist": 300}
 FLAX_DEFAULT = nn.initializers.lecun_normal()
@@ -37,19 +37,19 @@ PLAIN = ("none", "none", "none")
 
 @dataclasses.dataclass(frozen=True)
 class Technique:
-    """A way to train: how the network is built, and what is done to its weights."""
+    """How the network is built and what is done to its weights."""
 
     name: str
     promise: str
     column: str
-    """The column of the table that shows whether the promise is kept."""
+    """The table column that shows whether the promise holds."""
     kernel_init: Callable = FLAX_DEFAULT
     norms: tuple[str, str, str] = PLAIN
     transform: Any = None
-    """Around the module: it computes with transformed weights."""
+    """Wraps the module, which then computes with transformed weights."""
     decay: float = 0.0
     project: Any = None
-    """After each update: the stored weights themselves are changed."""
+    """Changes the stored weights after each update."""
     stored_bits: int | None = None
 
 
@@ -87,7 +87,7 @@ def techniques(steps: int) -> list[Technique]:
 
 
 def optimizer(technique: Technique, steps: int) -> optax.GradientTransformation:
-    """Adam, with decay as a term of the update and projections after it."""
+    """Adam with weight decay, followed by projections."""
     return optax.chain(
         optax.scale_by_adam(),
         jw.add_weight_decay(technique.decay) if technique.decay else optax.identity(),
@@ -97,7 +97,7 @@ def optimizer(technique: Technique, steps: int) -> optax.GradientTransformation:
 
 
 class Run:
-    """One network in training."""
+    """A network during training."""
 
     def __init__(self, technique: Technique, data: image_data.Data, steps: int, build: Callable, seed: int):
         self.technique, self.data = technique, data
@@ -126,7 +126,7 @@ class Run:
         self._predict = jax.jit(lambda p, r, x: self.model.forward(p, r, x, train=False)[0].argmax(-1))
 
     def advance(self, batches: np.ndarray) -> None:
-        """A round of steps, timed, and the accuracy after it."""
+        """Runs and times a round of steps, then measures the accuracy."""
         start = time.perf_counter()
         state = self._train(self.state, self.data.train_images, self.data.train_labels, batches)
         self.state = jax.block_until_ready(state)
@@ -135,7 +135,7 @@ class Run:
         self.accuracies.append(float(np.mean(predicted == self.data.test_labels)))
 
     def result(self, baseline: Run) -> report.Result:
-        """What came of it, measured on the weights that the model computes with."""
+        """Measures the weights that the model computes with."""
         variables = self.model.export(*self.state[:2])
         weights = {path: np.asarray(w) for path, w in flatten_dict(variables["params"], sep="/").items()}
         kernels = {path: w for path, w in weights.items() if path.endswith("/kernel")}
@@ -156,13 +156,13 @@ class Run:
         )
 
     def stored(self, variables: dict) -> dict:
-        """`variables` as they would be saved: kernels in few bits if the technique is about that."""
+        """`variables` as they would be saved: with quantized kernels if the technique stores few bits."""
         bits = self.technique.stored_bits
         quantize = lambda path, a: jw.quantize(a, bits) if bits and path[-1].key == "kernel" else a
         return jax.tree_util.tree_map_with_path(quantize, variables)
 
     def accuracy_of(self, stored: dict) -> float:
-        """Test accuracy of a plain network with stored variables."""
+        """Test accuracy of a plain network with the stored variables."""
         load = lambda a: jw.dequantize(a) if _is_quantized(a) else a
         variables = jax.tree.map(load, stored, is_leaf=_is_quantized)
         logits = LinenCNN(self.technique.norms, self.technique.kernel_init).apply(
@@ -180,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, report.Result]:
     parser.add_argument("--data", choices=["digits", "fashion-mnist"], default="digits")
     parser.add_argument("--backend", choices=["linen", "nnx"], default="linen")
     parser.add_argument("--steps", type=int, help=f"per run, rounded up to a multiple of {ROUND}")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the batches")
-    parser.add_argument("--out", default="ten_techniques.png", help="where the picture goes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the batch order")
+    parser.add_argument("--out", default="ten_techniques.png", help="path of the picture")
     args = parser.parse_args(argv)
 
     data = image_data.load(args.data)

@@ -1,10 +1,10 @@
-"""The terminal that the examples print their tables to."""
+"""The console for the examples' tables."""
 
 from rich.console import Console
 
 
 def terminal(width: int = 110) -> Console:
-    """A console, `width` wide where the output is no terminal."""
+    """Returns a console, `width` wide if the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
         console.width = width

@@ -1,7 +1,7 @@
-"""The tensors of a legacy torch checkpoint as NumPy arrays, without torch and without running what a pickle may run.
+"""Load a legacy torch checkpoint as NumPy arrays, without torch and without executing arbitrary pickle code.
 
-A pickle is a program, and what it can call is what it can look up by name. Here that is four names: a dict, a record of
-a tensor, and two dtypes. Any other is refused. The numbers are not in the pickle: they follow it, storage by storage.
+A pickle can only call what it can look up by name. This unpickler allows four names: a dict, a record of a tensor, and
+two dtypes. It refuses any other. The tensor data is not in the pickle; it follows, storage by storage.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
-"""What such a file begins with: a magic number and the version of the format."""
+"""The start of a legacy file: a magic number and the format version."""
 
 
 class Storage(NamedTuple):
-    """A run of numbers that tensors are views of, and where to find it."""
+    """A flat buffer that tensors are views of, and how to find it."""
 
     dtype: str
     key: str
@@ -37,7 +37,7 @@ class Tensor(NamedTuple):
 
 
 class StateDict(dict):
-    """A dict with attributes: torch notes the versions of its modules in one."""
+    """A dict with attributes: torch stores module versions in one."""
 
 
 NAMES = {
@@ -49,7 +49,7 @@ NAMES = {
 
 
 class Reader(pickle.Unpickler):
-    """An unpickler that knows these names and no others."""
+    """An unpickler that allows only these names."""
 
     def find_class(self, module: str, name: str) -> Any:
         found = NAMES.get(f"{module}.{name}")
@@ -65,7 +65,7 @@ class Reader(pickle.Unpickler):
 
 
 def load(path: str | Path) -> dict[str, np.ndarray]:
-    """{name: array} of a file that `torch.save(model.state_dict(), path)` wrote before torch 1.6."""
+    """Returns {name: array} of a file written by `torch.save(model.state_dict(), path)` before torch 1.6."""
     with open(path, "rb") as file:
         if file.read(len(HEADER)) != HEADER:
             raise ValueError(f"{path} is no legacy torch checkpoint: save it with _use_new_zipfile_serialization=False")
@@ -79,7 +79,7 @@ def load(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _read(file: BinaryIO, dtype: str) -> np.ndarray:
-    """The next storage: how many numbers it has, then the numbers."""
+    """Reads the next storage: its length, then its data."""
     size = int.from_bytes(file.read(8), "little")
     data = file.read(size * np.dtype(dtype).itemsize)
     return np.frombuffer(data, dtype, count=size)

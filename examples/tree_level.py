@@ -1,6 +1,6 @@
-"""The tree level: a technique on the weights of a whole network, chosen by their paths.
+"""The tree level: apply a technique to the weights of a whole network, selected by path.
 
-The network was trained elsewhere, by scikit-learn on its digits: to jaxweights any tree of arrays is a model.
+The network was trained by scikit-learn on its digits: jaxweights works on any tree of arrays.
 """
 
 import jax

@@ -1,8 +1,8 @@
-"""The table of cases: every technique and variant, as the contract tests see it.
+"""The table of cases for the contract tests: every technique and variant.
 
-A new technique or variant is one new line here; the tests in `contract` then hold it to the whole contract. A default
-run checks every case in one program, and one case of each kind against all of the contract. The `slow` tests check
-every case against all of it.
+To cover a new technique or variant, add one line here; the tests in `contract` then check it. A default run checks
+every case in one program, and one case of each kind against the whole contract. The `slow` tests check every case
+against the whole contract.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ class Case:
     """One technique or variant.
 
     Attributes:
-      name: shown in the test's id.
-      transform: makes the spec, a new one at each call; None for techniques that are no transform.
-      function: w -> w' at the array level, for techniques that are no transform.
-      shape: of the weight.
-      idempotent: a second application changes nothing. Not so for an estimate that each step improves.
-      kind: one of `KINDS` that this case stands for in a default run. One case of each kind has it.
+      name: used as test id.
+      transform: makes a new spec at each call; None for techniques that are not transforms.
+      function: w -> w' at the array level, for techniques that are not transforms.
+      shape: shape of the weight.
+      idempotent: a second application changes nothing. False for estimates that each step improves.
+      kind: the member of `KINDS` this case represents in a default run. Set for one case per kind.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Case:
     kind: str | None = None
 
     def call(self, w: jax.Array) -> jax.Array:
-        """The technique as one function of a weight: init, update and apply for a transform."""
+        """Applies the technique to a weight: init, update and apply for a transform."""
         if self.function is not None:
             return self.function(w)
         assert self.transform is not None
@@ -59,12 +59,12 @@ class Case:
 
 
 def halving(step):
-    """A schedule: 1/2, 1/4, 1/8 ..."""
+    """Schedule: 1/2, 1/4, 1/8 ..."""
     return 0.5 ** (step.astype(jnp.float32) + 1.0)
 
 
 def growing(step):
-    """A schedule of sparsities: 0, 0.3, 0.6, 0.9, 0.9 ..."""
+    """Sparsity schedule: 0, 0.3, 0.6, 0.9, 0.9 ..."""
     return jnp.minimum(0.3 * step.astype(jnp.float32), 0.9)
 
 
@@ -76,7 +76,7 @@ depthwise = jw.axes.depthwise(32)
 
 
 def per_feature(w, value):
-    """A parameter of a norm over the last axis of `w`."""
+    """Constant norm parameter over the last axis of `w`."""
     return jnp.full(w.shape[-1:], value, w.dtype)
 
 
@@ -106,7 +106,7 @@ TRANSFORMS = [
     Case("clip_norm", lambda: jw.ClipNorm(1.0)),
     Case("clip_norm conv", lambda: jw.ClipNorm(1.0), shape=CONV, kind="stateless"),
     Case("clip_norm schedule", lambda: jw.ClipNorm(halving)),
-    # Wide, since XLA brings together the shorter sides of the blocks that one row of the mesh holds: here a quarter.
+    # Wide: XLA gathers the shorter sides of the blocks held by one row of the mesh, here a quarter of the weight.
     Case("orthogonalize", lambda: jw.projections.Orthogonalize(), shape=(16, 64)),
     Case("orthogonalize attention", lambda: jw.projections.Orthogonalize(axes=jw.axes.ATTENTION_IN), shape=ATTENTION),
     Case("clip_singular_values", lambda: jw.projections.ClipSingularValues(5.0), shape=(16, 64)),

@@ -1,4 +1,4 @@
-"""Flax modules that more than one test looks at: stacks made by `nn.scan`, and random parameters for any module."""
+"""Shared Flax helpers: stacks made by `nn.scan`, and random parameters for any module."""
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ KEY = jax.random.key(0)
 
 
 def random_params(module, x_shape):
-    """Random parameters of a Linen module, in the shapes of its own `init`."""
+    """Random parameters with the shapes of the Linen module's own `init`."""
     rng = np.random.default_rng(0)
     draw = lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype)
     return jax.tree.map(draw, jax.eval_shape(module.init, KEY, jnp.zeros(x_shape)))["params"]

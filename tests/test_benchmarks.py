@@ -1,4 +1,4 @@
-"""The benchmarks run and write what they say; their times are not judged here. All but the first are slow."""
+"""The benchmarks run and write their reports; times are not checked. All tests but the first are slow."""
 
 import json
 import subprocess
@@ -45,7 +45,7 @@ def test_a_glob_that_matches_nothing_lists_the_cases(tmp_path):
 
 
 def quick(name, out, *options):
-    """The report of a script of its own, which also draws a chart."""
+    """Runs a separate benchmark script, which also draws a chart, and returns its report."""
     script = RUN.with_name(f"{name}.py")
     done = subprocess.run([sys.executable, script, "--quick", "--out", out, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Bad input, case by case: the type of the error and the part of its message that says what to do."""
+"""Bad input: the error type, and the part of the message that says what to do."""
 
 import inspect
 import re
@@ -22,7 +22,7 @@ def parametrized(cases):
 
 
 def check(function, error, remedy):
-    """It raises exactly `error`, not a subclass, and says `remedy`."""
+    """Checks that `function` raises exactly `error`, not a subclass, with `remedy` in the message."""
     with pytest.raises(error) as info:
         function()
     assert type(info.value) is error
@@ -54,6 +54,6 @@ def test_every_public_name_has_a_case():
     table = "".join(Path(t.__file__).read_text().partition("\nCASES = [")[2] for t in TABLES)
     parts = [jw, *(m for n in jw.__all__ if inspect.ismodule(m := getattr(jw, n)) and m not in (jw.axes, jw.typing))]
     names = {name for part in parts for name in part.__all__}
-    # Made by functions that have, or constants.
+    # Constants, or made by functions that are covered.
     without = {"QuantizedArray", "PackedArray", "BlockSparseArray", "Initializer", "MupScales", "TransformVariable"}
     assert {name for name in names if not re.search(rf"\b{name}\b", table)} == without

@@ -1,4 +1,4 @@
-"""The examples run, print what they promise, and agree in Linen and in NNX. Those that train for long are slow."""
+"""The examples run, print what they promise, and agree between Linen and NNX. Long training runs are slow tests."""
 
 import runpy
 import sys
@@ -61,7 +61,7 @@ def test_nnx_level(capsys):
 
 
 def test_mup(tmp_path, monkeypatch):
-    """Under muP the activations are as large at every width after 10 steps, and under the standard one they are not."""
+    """After 10 steps, activation sizes do not depend on width under muP, but do under the standard parametrization."""
     monkeypatch.syspath_prepend(EXAMPLES)
     picture = tmp_path / "mup.png"
     slopes = runpy.run_path(str(EXAMPLES / "mup.py"))["main"](
@@ -87,7 +87,7 @@ def test_seeing_sparsity(tmp_path, monkeypatch, capsys):
 
 
 def test_weight_clipping_and_all_ten_techniques_at_once(tmp_path, monkeypatch):
-    """As short as it goes; the slow tests below train with each."""
+    """A minimal run; the slow tests below train with every technique."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import ten_techniques
 
@@ -104,7 +104,7 @@ def test_weight_clipping_and_all_ten_techniques_at_once(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The results of both backends, after few steps."""
+    """The results of both backends after a few steps."""
     sys.path.insert(0, str(EXAMPLES))
     try:
         import ten_techniques
@@ -189,7 +189,7 @@ def test_channel_pruning_leaves_a_smaller_model_with_the_outputs_of_the_masked_o
 
 @pytest.mark.slow
 def test_a_gan_with_either_critic(tmp_path, monkeypatch, capsys):
-    """Bounds of the critics' slopes are bounds, and that of normalized convolutions is 1."""
+    """The slope bounds are valid, and the upper bound with normalized convolutions is 1."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import gan
 
@@ -209,7 +209,7 @@ def test_a_gan_with_either_critic(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_sparse_training_keeps_the_sparsity_exactly(monkeypatch, capsys, tmp_path):
-    """RigL alone: most of the time goes into compiling."""
+    """RigL only, since compilation dominates the time."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import sparse_training
 

@@ -1,4 +1,4 @@
-"""Every code block of the README runs, and what it says of the files is so."""
+"""Every code block of the README runs, and its names and links exist."""
 
 import inspect
 import operator
@@ -25,7 +25,7 @@ def test_every_python_block_runs():
 
 
 def test_the_commands_are_those_that_ci_runs():
-    """`.ci/run` reads them from this file, so they are run as they stand."""
+    """`.ci/run` reads the commands from the README and runs them verbatim."""
     commands = blocks("bash")
     assert len(commands) >= 2
     assert all(len(c.strip().splitlines()) == 1 for c in commands)

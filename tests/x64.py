@@ -1,10 +1,10 @@
-"""64-bit floats for the length of a test, under the name that the installed JAX has for it."""
+"""Enables 64-bit floats within a test, on any supported JAX."""
 
 import jax
 
 
 def enable_x64(on: bool = True):
-    """A context in which arrays may have 64 bits."""
+    """Context manager that enables 64-bit types."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(on)
     from jax.experimental import enable_x64 as older

@@ -1,4 +1,4 @@
-"""Axes, shapes and states that do not fit."""
+"""Mismatched axes, shapes and states."""
 
 import numpy as np
 from bad_input.vocabulary import AROUND, FLOAT, INIT, INTEGER, KEY, NUMBER, ONE_ROLE, SCALAR, WRITE_AXES, T, V, integers
@@ -7,7 +7,7 @@ import jaxweights as jw
 from jaxweights.core.transform import Transform
 
 CASES = [
-    # Axes that do not fit.
+    # Mismatched axes.
     ("axes a tuple", lambda w: jw.weight_normalize(w, axes=(0, 1)), T, WRITE_AXES),
     ("axes 0", lambda w: jw.spectral_norm(w, axes=0), T, WRITE_AXES),
     ("axes the class", lambda w: jw.clip_norm(w, 1.0, axes=jw.Axes), T, WRITE_AXES),
@@ -27,7 +27,7 @@ CASES = [
     ("groups 4 of 6", lambda w: jw.spectral_norm(w, axes=jw.axes.depthwise(4)), V, "does not divide the 6"),
     ("groups without output", lambda w: jw.Axes((0, 1), (), groups=2).matrix(w), V, "exactly one output axis"),
     ("axes of a pruned weight", lambda w: jw.sparsegpt(w, w @ w.T, 0.5, axes=(0, 1)), T, WRITE_AXES),
-    # Shapes that do not fit.
+    # Mismatched shapes.
     ("scale shape", lambda w: jw.weight_normalize(w, w[:, 0]), V, "must have shape (6,), one per output unit"),
     ("norm of the outputs", lambda w: jw.wanda_mask(w, w[0], 0.5), V, "norm must have shape (4,)"),
     ("second moment of the outputs", lambda w: jw.sparsegpt(w, w.T @ w, 0.5), V, "must have shape (4, 4)"),
@@ -169,7 +169,7 @@ CASES = [
     ("instance where", lambda w: jw.instance_norm(w[None], where=[True]), T, "compare it with a number"),
     ("instance without positions", lambda w: jw.instance_norm(w), V, "(batch, *positions, features)"),
     ("instance bias", lambda w: jw.instance_norm(w[None], None, w[:, 0]), V, "bias must have shape (6,)"),
-    # States that belong to something else.
+    # States of other transforms or weights.
     ("no state", lambda w: jw.SpectralNorm().apply(w, {}), V, INIT),
     ("state None", lambda w: jw.ClipWeights(1.0).apply(w, None), T, "pass init(w, key)"),
     ("chain state None", lambda w: jw.Chain(jw.ClipWeights(1.0)).apply(w, None), T, "pass init(w, key)"),

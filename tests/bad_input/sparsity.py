@@ -1,4 +1,4 @@
-"""Masks, and what makes them, that do not fit."""
+"""Invalid masks and mask arguments."""
 
 import jax.numpy as jnp
 import optax

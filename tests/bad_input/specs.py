@@ -1,4 +1,4 @@
-"""Transforms, axes, indices and initializers that refuse when they are made."""
+"""Transforms, axes, indices and initializers with invalid arguments raise on construction."""
 
 import math
 
@@ -16,7 +16,6 @@ def initialize(name, options):
 
 
 CASES = [
-    # Transforms, axes, indices and initializers refuse when they are made.
     ("ClipWeights < 0", lambda: jw.ClipWeights(-1.0), V, "limit must be at least 0, got -1.0"),
     ("ClipWeights NaN", lambda: jw.ClipWeights(math.nan), V, NAN),
     ("ClipWeights string", lambda: jw.ClipWeights("1"), T, NUMBER),

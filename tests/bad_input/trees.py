@@ -122,7 +122,7 @@ CASES = [
         T,
         "call remove_units outside of jit, or mask_units",
     ),
-    # Looking at trees.
+    # Summaries and plots.
     ("summarize nothing", lambda: jw.summarize({"a": None}), V, "The floating-point arrays of this tree are: none"),
     ("summarize where", lambda: jw.summarize(PARAMS, "**/weight"), V, PATHS),
     ("summarize where 0", lambda: jw.summarize(PARAMS, 0), T, WHERE),

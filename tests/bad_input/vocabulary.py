@@ -1,4 +1,4 @@
-"""What the tables of bad input share: weights, trees, specs, levels in one call, and remedies."""
+"""Shared by the bad-input tables: weights, trees, specs, one-call levels, and remedies."""
 
 import flax.linen as nn
 import jax

@@ -1,6 +1,6 @@
-"""Weights of the wrong kind, and hyper-parameters out of range.
+"""Invalid weights, and hyper-parameters out of range.
 
-A case is (name, function, error, remedy). A function with an argument is called with W, and once more under jit.
+A case is (name, function, error, remedy). A function with an argument is called with W, eagerly and under jit.
 """
 
 import math
@@ -29,7 +29,7 @@ from bad_input.vocabulary import (
 import jaxweights as jw
 
 CASES = [
-    # Weights of the wrong kind. Every array function checks its own.
+    # Invalid weights. Every array function checks its own.
     *(
         (f"{name} of {kind}", lambda w, f=f, bad=bad: f(bad(w)), T, remedy)
         for name, f in {

@@ -1,4 +1,4 @@
-"""What the contract tests share: the cases as parameters, weights, closeness, shardings."""
+"""Shared by the contract tests: parametrized cases, weights, tolerances, shardings."""
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ def over(cases, slow=lambda case: False):
 
 
 every_case, every_transform = over(CASES), over(TRANSFORMS)
-"""For what is quick: all cases."""
+"""For quick checks: all cases."""
 
 
 each_kind = over(CASES, slow=lambda case: case.kind is None)
-"""For what takes longer: one case of each kind, and in the slow tests all the others."""
+"""For longer checks: one case of each kind; the others are slow tests."""
 
 
 each_kind_of_transform = over(TRANSFORMS, slow=lambda case: case.kind is None)
@@ -32,13 +32,13 @@ def weight(case, dtype=jnp.float32, seed=0):
 
 
 def close(a, b, rtol, size=None):
-    """Equal up to `rtol` of each value and of the largest, or of `size`."""
+    """Asserts equality up to `rtol` of each value and of the largest value, or of `size`."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * (size or np.abs(b).max(initial=1e-30)))
 
 
 def same_state(case, lifted, params, a, b, rtol):
-    """Two states of `case` that are equal; those of an estimate by what they do, since it may hold rounding errors."""
+    """Asserts that two states are equal. States of estimates may differ by rounding, so compares their effect."""
     if case.idempotent:
         jax.tree.map(lambda a, b: close(a, b, rtol), a, b)
     else:
@@ -46,7 +46,7 @@ def same_state(case, lifted, params, a, b, rtol):
 
 
 def sharding(mesh, shape):
-    """The last two axes over the mesh where it divides them, as model parallelism has it."""
+    """Model-parallel sharding: the last two axes over the mesh where it divides them."""
     names = [None] * (len(shape) - 2) + ["x", "y"][-len(shape) :]
     spec = [n if n and d % mesh.shape[n] == 0 else None for n, d in zip(names, shape, strict=True)]
     return NamedSharding(mesh, PartitionSpec(*spec))

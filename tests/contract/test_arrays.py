@@ -1,4 +1,4 @@
-"""Every technique and variant of `cases.py` on arrays: dtypes, jit, vmap, values and gradients at the edges."""
+"""Every case of `cases.py` on arrays: dtypes, jit, vmap, values and gradients at the edges of float32."""
 
 import functools
 
@@ -10,12 +10,12 @@ import pytest
 from cases import CASES, KINDS
 from contract.table import EPS, close, each_kind, every_case, weight
 
-# One program a case, compiled once a dtype: eager, each primitive would be compiled on its own.
+# One program per case and dtype. Eagerly, each primitive would be compiled separately.
 jitted = functools.cache(lambda case: jax.jit(case.call))
 
 
 def value_and_gradient(case, w, linear, square):
-    """w', and the value and the gradient of the mean of linear·w' + (square·w')²."""
+    """Returns w', and the value and gradient of mean(linear·w' + (square·w')²)."""
 
     def loss(w):
         new = case.call(w)
@@ -27,7 +27,7 @@ def value_and_gradient(case, w, linear, square):
 
 
 def edges(w):
-    """Weights at the edges of float32, by name, with the linear and square terms of a loss that stays finite there."""
+    """{name: (weight at an edge of float32, linear, square)}, with loss factors that stay finite there."""
     weights = {
         "ordinary": w,
         "zero": jnp.zeros_like(w),
@@ -39,7 +39,7 @@ def edges(w):
 
 
 def terms(w, linear=False):
-    """The factors of the linear and of the square term: one is 0."""
+    """The factors of the linear and the square term; one of them is 0."""
     square = 0.0 if linear else 1 / np.abs(np.asarray(w, np.float32)).max(initial=1e-6)
     return np.float32(linear), np.float32(square)
 
@@ -56,7 +56,7 @@ def test_one_case_stands_for_each_kind():
 
 @every_case
 def test_a_stack_of_weights_at_the_edges_is_finite_and_vmap_is_a_loop(case):
-    """All in one program, which takes the least time to compile."""
+    """In a single program, to minimize compile time."""
     arguments = [jnp.stack(column) for column in zip(*edges(weight(case)).values(), strict=True)]
 
     @jax.jit

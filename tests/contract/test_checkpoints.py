@@ -1,4 +1,4 @@
-"""The states of the transforms of `cases.py` survive a checkpoint."""
+"""Transform states of all cases survive a checkpoint."""
 
 import chex
 import jax
@@ -18,7 +18,7 @@ OF_EACH_KIND = [case for case in TRANSFORMS if case.kind]
     "cases", [pytest.param(OF_EACH_KIND, id="kinds"), pytest.param(TRANSFORMS, id="all", marks=pytest.mark.slow)]
 )
 def test_states_survive_a_checkpoint_and_training_resumes_bit_for_bit(cases, tmp_path):
-    """Those of all cases in one tree: a weight for each, under its name."""
+    """All cases share one tree, with one weight per case under its name."""
     rules = {case.name: case.transform() for case in cases}
     lifted = jw.on_tree(rules)
     params = {case.name: weight(case) for case in cases}

@@ -1,4 +1,4 @@
-"""Every transform of `cases.py` at every level: one compilation, equal numbers, equal training."""
+"""Every transform of `cases.py` at every level: one compilation, equal values, equal training."""
 
 import functools
 
@@ -100,7 +100,7 @@ def nnx_model(t, w, state):
 
 @every_transform
 def test_every_level_keeps_shape_and_dtype(case):
-    """Traced, not compiled: with every dtype, and with no state given."""
+    """Traces every dtype, without compiling and without a given state."""
     t = case.transform()
     lifted, tx = jw.on_tree(t, where="kernel"), jw.project(t, where="kernel")
     module = jw.linen.Transformed(LinenProbe(case.shape), t, where="kernel")

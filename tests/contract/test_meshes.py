@@ -1,4 +1,4 @@
-"""Every technique and variant of `cases.py` on a mesh, sharded, without gathering a weight."""
+"""Every case of `cases.py` runs sharded on a mesh without gathering a weight."""
 
 import math
 import re
@@ -13,14 +13,14 @@ import jaxweights as jw
 
 
 def gathered(hlo):
-    """The number of elements of each all-gather of a compiled program."""
+    """Number of elements of each all-gather in a compiled program."""
     found = re.findall(r"= (\([^)]*\)|\S+) all-gather(?:-start)?\(", hlo)
     shapes = [s for result in found for s in re.findall(r"\[([\d,]*)\]", result)]
     return [math.prod(int(d) for d in s.split(",") if d) for s in shapes]
 
 
 REMADE = {"prune schedule", "prune global", "regrow"}
-"""Cases whose masks are made anew in some of the steps."""
+"""Cases that recompute their masks in some steps."""
 
 
 @each_kind
@@ -57,7 +57,7 @@ def test_on_a_mesh_no_weight_is_gathered(case, kind):
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_weights_that_are_sharded_differently_are_not_gathered_either(kind):
-    """Weights of one shape are updated as one stack, but not across shardings."""
+    """Weights of the same shape are stacked for the update only if their shardings match."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType[kind],) * 2)
     names = [f"layer_{i}/{role}" for i in range(2) for role in ("query", "out")]
     params = {n: jax.random.normal(jax.random.key(i), (64, 64)) for i, n in enumerate(names)}

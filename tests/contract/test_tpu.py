@@ -1,6 +1,6 @@
-"""Every technique and variant of `cases.py` compiles for a TPU.
+"""Every case of `cases.py` compiles for a TPU.
 
-libtpu locks itself against a second process: all tests that need it are in this file.
+libtpu allows a single process, so all tests that need it are in this file.
 """
 
 import importlib.util
@@ -16,12 +16,12 @@ import jaxweights as jw
 
 @pytest.fixture(scope="module")
 def tpu():
-    """Devices of a v5e slice to compile for; none need be there. libtpu locks itself: for this file alone."""
+    """Devices of a v5e slice to compile for, without hardware."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install 'jaxweights[tpu-compile]' compiles for a TPU without one")
     from jax.experimental import topologies
 
-    jax.devices()  # reads the flags of `conftest.py`, which libtpu does not know
+    jax.devices()  # consume the XLA flags of `conftest.py`, which libtpu does not know
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_FLAGS", "")
         yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices

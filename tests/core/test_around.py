@@ -1,4 +1,4 @@
-"""Transforms of the distance from the initial weights: their bounds hold bit for bit."""
+"""Transforms of the distance from the initial weights: bounds hold bit for bit."""
 
 import functools
 
@@ -24,7 +24,7 @@ def normal(*shape, seed=0):
 
 @pytest.fixture
 def clipped(optimizing):
-    """(w, center, limit) -> w within `limit` of the center."""
+    """Returns a jitted (w, center, limit) -> w within `limit` of the center."""
 
     def clipped(w, center, limit=0.1):
         t = jw.Around(jw.ClipWeights(limit))
@@ -73,7 +73,7 @@ def test_the_state_of_the_transform():
         state = update(moved, state)
         out = apply(moved, state)
         np.testing.assert_allclose(out[:4], w[:4] + n, rtol=1e-6)
-        np.testing.assert_array_equal(out[4:], w[4:])  # what has hardly moved is back where it was
+        np.testing.assert_array_equal(out[4:], w[4:])  # tiny moves round back to the start
     scaled = jw.Around(jw.WeightNorm())
     assert scaled.learned == {"of.scale"}
     assert set(scaled.init(w, KEY)) == {"center", "of.scale"}
@@ -87,7 +87,7 @@ def test_gradient():
 
 
 def test_at_the_start_the_gradient_is_that_of_the_transform():
-    """There every distance is 0 and stays so, which must not be taken for a weight that is kept."""
+    """All distances are 0 and stay 0, which must not be mistaken for unchanged weights."""
     w = jnp.asarray(normal(6, 3))
     t = jw.Around(jw.projections.Simplex())
     state = t.init(w, KEY)

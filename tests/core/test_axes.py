@@ -1,4 +1,4 @@
-"""Axes: the matrix read from a kernel is the linear operator of the layer that owns it."""
+"""Axes: the matrix read from a kernel is the linear operator of its layer."""
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ KEY = jax.random.key(0)
 
 
 def operator(layer, in_shape):
-    """The matrix (rows, columns) of a linear function, from its Jacobian at zero."""
+    """Returns the matrix of a linear function, from its Jacobian at zero."""
     jacobian = np.asarray(jax.jit(jax.jacobian(layer))(jnp.zeros(in_shape)))
     return jacobian.reshape(-1, int(np.prod(in_shape))).T
 
@@ -43,7 +43,7 @@ def close(matrix, expected):
     np.testing.assert_allclose(np.asarray(matrix), expected, rtol=1e-5, atol=1e-6)
 
 
-# Layers that are one matrix: Linen
+# Single-matrix layers: Linen
 
 
 @pytest.mark.parametrize(
@@ -84,11 +84,11 @@ def test_linen_conv_local_is_a_matrix_per_position():
     matrices = Axes(batch=0).matrix(kernel)
     true = operator(layer, (4, 2)).reshape(4, 2, 3, 3)  # (position, in, output position, out)
     for i in range(3):
-        # ConvLocal lays its rows out as (in, window).
+        # ConvLocal orders its rows as (in, window).
         close(matrices[i].reshape(2, 2, 3).swapaxes(0, 1), true[i : i + 2, :, i])
 
 
-# Layers that are one matrix: NNX
+# Single-matrix layers: NNX
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_nnx_layer(make, x_shape, axes):
     close(axes.matrix(layer.kernel[...]), operator(layer, x_shape))
 
 
-# Embeddings: a one-hot row times the table
+# Embeddings: product of a one-hot row and the table
 
 
 def test_embeddings():
@@ -120,11 +120,11 @@ def test_embeddings():
     close(EMBED.matrix(layer.embedding[...]), layer(ids))
 
 
-# Attention: its projections, each inside the attention layer itself
+# Attention: each projection, inside the attention layer
 
 
 def projection(name, module, *args):
-    """What one projection of a Linen attention layer returns when the layer is called."""
+    """Returns the output of one projection within a Linen attention layer."""
     _, state = module.apply(*args, capture_intermediates=True, mutable=["intermediates"])
     return state["intermediates"][name]["__call__"][0]
 
@@ -138,7 +138,7 @@ def test_linen_attention_in(name):
 
 
 def test_linen_attention_out():
-    # With one key the attention weights are 1: the layer is the value projection, then the out-projection.
+    # With one key the attention weights are 1: the layer is the value projection followed by the out projection.
     module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6, out_features=5)
     params = random_params(module, (1, 4))
     layer = lambda x: module.apply({"params": params}, x[None])[0]
@@ -159,7 +159,7 @@ def test_nnx_attention():
 
 
 # Transposed convolutions: one output position that all taps reach. The transposed kernel
-# is flipped in space, which permutes rows.
+# is spatially flipped, which permutes rows.
 
 
 @pytest.mark.parametrize("transpose_kernel", [False, True])
@@ -236,7 +236,7 @@ def test_nnx_vmap_and_scan():
     matrices = np.asarray(DENSE.stacked().matrix(stack.kernel[...]))
 
     graph, state = nnx.split(stack)
-    module = lambda: nnx.merge(graph, jax.tree.map(lambda a: a, state))  # new Variables, of the trace at hand
+    module = lambda: nnx.merge(graph, jax.tree.map(lambda a: a, state))  # new Variables for the current trace
     apart = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, 0))
     true = operator(lambda x: apart(module(), x), (4, 3)).reshape(4, 3, 4, 3)
     close(matrices, np.stack([true[i, :, i] for i in range(4)]))

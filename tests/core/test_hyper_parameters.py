@@ -1,4 +1,4 @@
-"""Hyper-parameters may be numbers, arrays, traced or not, and schedules."""
+"""Hyper-parameters may be numbers, arrays, tracers or schedules."""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def applied(transform, w):
 
 
 def check_numbers(name, atol=0.0, options=None):
-    """0.25 gives the same as a Python float, as an array, and traced."""
+    """0.25 gives the same result as a Python float, as an array, and traced."""
     numbers = (0.25, np.float32(0.25), np.array(0.25, np.float32), jnp.array(0.25))
     run = lambda w, traced: [NUMBERS[name](w, number) for number in (*numbers, traced)]
     expected, *found = jax.jit(run, compiler_options=options)(W, 0.25)
@@ -64,7 +64,7 @@ def check_numbers(name, atol=0.0, options=None):
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_hyper_parameters_may_be_arrays_traced_or_not(name):
-    # The quick compiler rounds the two ways to 1/√(var + eps) apart, so that entries at the mean are not quite 0.
+    # Fast compilation rounds the two forms of 1/√(var + eps) differently, so entries at the mean are not exactly 0.
     check_numbers(name, atol=2e-7 if name in ("layer_norm", "group_norm") else 0.0)
 
 

@@ -1,4 +1,4 @@
-"""The axes that follow from the other weights of a tree, and where nothing follows."""
+"""Axes inferred from the other weights of a tree, and cases where nothing can be inferred."""
 
 import flax.linen as nn
 import jax
@@ -91,8 +91,8 @@ def test_infer_dense_general(features, axis, x_shape):
         {"kernel": (3, 4), "bias": (4,)},
         {"conv/kernel": (3, 3, 4, 5), "conv/bias": (5,)},
         {"conv/kernel": (3, 3, 4, 5)},
-        {"stack/kernel": (4, 3, 5)},  # without a bias nothing tells a stack from a convolution
-        {"query/kernel": (4, 2, 3), "key/kernel": (4, 2, 3)},  # not the four of attention
+        {"stack/kernel": (4, 3, 5)},  # without a bias, could be a stack or a convolution
+        {"query/kernel": (4, 2, 3), "key/kernel": (4, 2, 3)},  # not all four attention projections
         {"out/kernel": (2, 3, 4), "out/bias": (4,)},
         {"x/embedding": (4, 2, 3), "x/bias": (2, 3)},  # not a kernel
         {"kernel": (4, 4, 5), "bias": (4, 5)},  # a stack, or a DenseGeneral

@@ -1,4 +1,4 @@
-"""Readings of a shape: fans, defaults, groups, and the errors of axes that do not fit."""
+"""Readings of a shape: fans, defaults, groups, and errors for mismatched axes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +56,7 @@ def test_split_groups_reads_groups_as_batch():
     split, reading = Reading.of(depthwise(4), w.shape).split_groups(w)
     assert split.shape == (2, 3, 4, 2)
     assert reading == Reading(input=(1,), output=(3,), batch=(2,), window=(0,))
-    # Output units 2i and 2i + 1 belong to group i, whatever stands before or after the output axis.
+    # Output units 2i and 2i + 1 belong to group i, for any position of the output axis.
     np.testing.assert_array_equal(split[..., 1, :], w[..., 2:4])
     moved, reading = Reading.of(Axes(input=1, output=0, groups=4), (8, 3, 2)).split_groups(jnp.moveaxis(w, 2, 0))
     assert reading == Reading(input=(2,), output=(1,), batch=(0,), window=(3,))

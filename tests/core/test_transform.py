@@ -1,4 +1,4 @@
-"""The protocol as a third party uses it: declared schedules and axes, joint transforms, gradients."""
+"""The transform protocol for third parties: declared schedules and axes, joint transforms, gradients."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ ATTENTION["out/kernel"] = jnp.ones((2, 4, 8))
 
 @dataclasses.dataclass(frozen=True)
 class Mapped(jw.Transform):
-    """f(w) times a scale that may be a schedule. The field `f` is callable and no schedule."""
+    """f(w) times a scale that may be a schedule. The field `f` is callable but not a schedule."""
 
     f: Callable[[jax.Array], jax.Array]
     scale: Any = 1.0
@@ -55,7 +55,7 @@ def test_a_declared_schedule_is_evaluated_at_each_update():
 
 @dataclasses.dataclass(frozen=True)
 class Flipped(jw.Transform):
-    """The weight reversed along `axes`, which are none to be read as a matrix."""
+    """Reverses the weight along `axes`, which do not describe a matrix."""
 
     axes: tuple[int, ...] | None = None
 
@@ -72,7 +72,7 @@ def test_a_tree_fills_in_axes_only_where_they_are_declared():
 
 @dataclasses.dataclass(frozen=True)
 class UnitNorm(jw.JointTransform):
-    """All weights of a rule over their common norm, as it was at the last update."""
+    """Divides all weights of a rule by their joint norm at the last update."""
 
     def init_all(self, ws, keys, axes):
         norm = jnp.sqrt(sum(jnp.sum(w**2) for w in ws.values()))
@@ -115,14 +115,14 @@ def test_around_holds_a_jointly_pruned_distance():
     moved = {"a": W + 1, "b": 10 * W + jnp.arange(6.0).reshape(2, 3)}
     state = lifted.update(moved, lifted.init(params, KEY), {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))})
     new = lifted.apply(moved, state)
-    # The distances are six ones and 0 to 5. Pruned are the 0 and, of equal ones, those of the lower path and index.
+    # The distances are six ones and 0 to 5. The 0 is pruned; ties go by path and index.
     np.testing.assert_array_equal(new["a"] - params["a"], [[0, 0, 0], [0, 0, 1]])
     np.testing.assert_array_equal(new["b"] - params["b"], [[0, 1, 2], [3, 4, 5]])
 
 
 @dataclasses.dataclass(frozen=True)
 class Remembering(jw.Transform):
-    """Keeps the gradient that it was given."""
+    """Stores the gradient it receives."""
 
     def init(self, w, key):
         return {"grad": jnp.full_like(w, jnp.nan)}

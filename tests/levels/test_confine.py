@@ -1,4 +1,4 @@
-"""Sparse training under any optimizer: masks, gradients and moments, against NumPy step by step."""
+"""Sparse training with any optimizer: masks, gradients and moments, against NumPy at every step."""
 
 import itertools
 
@@ -40,13 +40,13 @@ OPTIMIZERS = {
 
 
 def gradients(step, params=PARAMS):
-    """Of no loss in particular: all entries, the pruned ones too."""
+    """Random dense gradients, nonzero at pruned entries too."""
     rng = np.random.default_rng(step)
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
 
 
 def run(tx, params, n_steps):
-    """(params, state) after each step."""
+    """Returns (params, state) after each step."""
 
     @jax.jit
     def step(params, state, grads):
@@ -70,7 +70,7 @@ REST = [*((name, jnp.float32) for name in OPTIMIZERS if (name, jnp.float32) not 
 
 @pytest.mark.parametrize(("name", "dtype"), [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
 def test_weights_and_moments_of_every_optimizer_are_zero_where_they_are_pruned(name, dtype):
-    """Every array of the state that has the kernel's shape is one of its moments: no other weight has that shape."""
+    """Finds the moments of a kernel by shape, which no other weight shares."""
     t = jw.Regrow(jw.Prune(0.7), fraction=optax.cosine_decay_schedule(0.5, 6), every=2)
     start, masks = jax.tree.map(lambda p: p.astype(dtype), PARAMS), []
     for params, state in run(jw.confine(OPTIMIZERS[name], t, "a/kernel"), start, 7):
@@ -85,7 +85,7 @@ def test_weights_and_moments_of_every_optimizer_are_zero_where_they_are_pruned(n
 
 
 def test_the_moments_are_there_to_be_found():
-    """What the test above goes through is not empty: two moments a kernel for Adam, wherever it stands."""
+    """The test above is not vacuous: Adam has two moments per kernel, at any nesting."""
     for name in ("adam", "chain", "multi_transform", "masked", "inject_hyperparams"):
         state = jax.eval_shape(jw.confine(OPTIMIZERS[name], RIGL, "*/kernel").init, PARAMS)
         shapes = [a.shape for a in jax.tree.leaves(state.optimizer)]
@@ -129,7 +129,7 @@ def test_set_drops_the_smallest_and_grows_at_random():
         assert before.sum() == after.sum() == 72 and 1 <= dropped.sum() <= 22
         assert w[dropped].max() <= np.sort(w[before])[21]
         grown += np.asarray(after & ~before)
-    assert (grown[grown > 0] <= 6).all() and (grown > 0).sum() > 80  # all over the place
+    assert (grown[grown > 0] <= 6).all() and (grown > 0).sum() > 80  # spread over the kernel
 
 
 def test_a_weight_that_comes_back_starts_from_zero_without_a_moment():
@@ -158,7 +158,7 @@ def projected(tx, t, where):
     ],
 )
 def test_gradual_pruning_has_exact_zeros_through_momentum(level, dtype):
-    """At every step as many as the schedule says, and those that were there before."""
+    """Zeros match the schedule at every step and never disappear."""
     schedule = jw.pruning.PolynomialSparsity(0.9, 2, 8, every=2)
     params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
     zeros = {path: np.zeros(shape, bool) for path, shape in KERNELS.items()}
@@ -189,11 +189,11 @@ def test_acdc_against_numpy():
 
 
 def test_a_lottery_ticket_is_found_in_rounds_and_rewound():
-    """Train, prune 1 - 0.8^round of all, go back to the early weights: the masks are nested, the weights the early."""
+    """Trains, prunes 1 - 0.8^round of all and rewinds: masks are nested, and kept weights are the early ones."""
     early, params = PARAMS, PARAMS
     before = {path: np.ones(shape, bool) for path, shape in KERNELS.items()}
     for number in range(1, 4):
-        # What the round before pruned is 0, so it is pruned again, and stays so while it trains.
+        # Weights pruned in the previous round are 0, so they are pruned again and stay 0 during training.
         lifted = jw.on_tree(jw.Prune(1 - 0.8**number, distribution=jw.pruning.Global()), "*/kernel")
         tx = jw.confine(
             optax.adam(0.05), jw.Prune(1 - 0.8 ** (number - 1), distribution=jw.pruning.Global()), "*/kernel"
@@ -227,7 +227,7 @@ def test_training_resumes_bit_for_bit_from_a_checkpoint(tmp_path):
 
 
 def test_inside_a_mask_of_optax_and_for_one_array():
-    """Leaves that optax leaves out are no hindrance; parameters may be a single array."""
+    """Works with leaves masked out by optax, and with a single array as parameters."""
     only = lambda p: {**jax.tree.map(lambda _: False, p), "a": {"kernel": True, "bias": True}}
     tx = optax.masked(jw.confine(optax.adam(0.1), jw.Prune(0.5), "a/kernel"), only)
     params, _ = run(tx, PARAMS, 3)[-1]

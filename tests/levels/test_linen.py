@@ -1,4 +1,4 @@
-"""The Linen level: names, state, and everything a module may have inside."""
+"""The Linen level: names, state, and every kind of module content."""
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ import jaxweights as jw
 from jaxweights.levels.paths import STATE
 
 X = jax.random.normal(jax.random.key(1), (4, 6))
-LOOSENED = jw.ClipWeights(lambda step: 0.1 + 0.1 * step)  # has a state, and compiles in no time
+LOOSENED = jw.ClipWeights(lambda step: 0.1 + 0.1 * step)  # has state and compiles fast
 
 
 def init(model, x=X):
@@ -68,7 +68,7 @@ def test_state_moves_only_when_its_collection_is_mutable():
     _, moved = model.apply(variables, X, mutable=[STATE])
     assert set(moved) == {STATE}
     assert moved[STATE]["kernel"]["step"] == before[STATE]["kernel"]["step"] + 1
-    jax.tree.map(np.testing.assert_array_equal, variables, before)  # nothing stored was overwritten
+    jax.tree.map(np.testing.assert_array_equal, variables, before)  # apply does not modify its input
 
 
 def test_evaluation_uses_the_stored_state():
@@ -101,13 +101,13 @@ def test_dropout_batch_norm_and_sow_work_inside():
     variables = init(model)
     train = dict(train=True, rngs={"dropout": jax.random.key(2)})
     run = jax.jit(lambda v: model.apply(v, X, mutable=[STATE, "batch_stats", "intermediates"], **train))
-    variables[STATE] = run(variables)[1][STATE]  # from here on each step changes the limit
+    variables[STATE] = run(variables)[1][STATE]  # from here on, each step changes the limit
     y, moved = run(variables)
     assert set(moved) == {STATE, "batch_stats", "intermediates"}
     assert len(moved["intermediates"]["hidden"]) == 1
     stats = moved["batch_stats"]["BatchNorm_0"]
     assert not np.allclose(stats["mean"], variables["batch_stats"]["BatchNorm_0"]["mean"])
-    # The same module with the transformed weights put in by hand gives the same numbers.
+    # The plain module with manually transformed weights gives the same values.
     lifted = jw.on_tree(LOOSENED)
 
     @jax.jit
@@ -135,7 +135,7 @@ def test_other_methods_see_transformed_weights():
 
 
 class Scanned(nn.Module):
-    """Three layers of one stack, with rematerialization."""
+    """A stack of three layers with rematerialization."""
 
     @nn.compact
     def __call__(self, x):
@@ -212,7 +212,7 @@ def test_a_wrapped_layer_inside_a_larger_model():
 
 
 def test_a_weight_that_is_not_reached_is_an_error(monkeypatch):
-    """Weights are swapped by identity: if Flax copied them on the way, nothing would be transformed."""
+    """Weights are swapped by identity: if Flax copied them, none would be transformed."""
     original = nn.map_variables
 
     def copying(fn, collections, trans_in_fn):

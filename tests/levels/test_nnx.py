@@ -1,4 +1,4 @@
-"""The NNX level: the module's own class and names, state by train/eval, everything a module may have inside."""
+"""The NNX level: class and names are kept, train/eval controls the state, every kind of module content."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from flax import nnx
 import jaxweights as jw
 from jaxweights.levels.paths import STATE
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")  # old Flax has no capture
+pytestmark = pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")  # old Flax lacks capture
 X = jax.random.normal(jax.random.key(1), (4, 6))
-LOOSENED = jw.ClipWeights(lambda step: 0.1 + 0.1 * step)  # has a state, and compiles in no time
+LOOSENED = jw.ClipWeights(lambda step: 0.1 + 0.1 * step)  # has state and compiles fast
 
 
 def sigma(w):

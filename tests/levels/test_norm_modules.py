@@ -1,4 +1,4 @@
-"""The norms as modules: Flax's checkpoints load, the numbers are Flax's, and Linen and NNX are one."""
+"""Norm modules: Flax's checkpoints load, values match Flax's, and Linen and NNX agree."""
 
 import dataclasses
 import inspect
@@ -14,7 +14,7 @@ import jaxweights as jw
 
 rng = np.random.default_rng(0)
 X = jnp.float32(rng.normal(size=(4, 5, 3, 8)) * 2 + 0.5)
-MASK = jnp.asarray(rng.random(X.shape) < 0.7)  # Flax makes NaN of what has nothing that counts
+MASK = jnp.asarray(rng.random(X.shape) < 0.7)  # Flax returns NaN where all entries are masked
 SCALE, NEITHER = {"use_bias": False}, {"use_bias": False, "use_scale": False}
 MODULES = [
     ("LayerNorm", {}),
@@ -72,7 +72,7 @@ def test_nnx_has_the_parameters_and_outputs_of_flax_and_of_linen(name, options):
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"])
 @pytest.mark.parametrize(("ours", "flaxs"), [(jw.linen, nn), (jw.nnx, nnx)], ids=["linen", "nnx"])
 def test_arguments_are_named_as_in_flax(ours, flaxs, name):
-    """And have Flax's defaults."""
+    """Defaults match too."""
     ours, flaxs = (signature(getattr(level, name)) for level in (ours, flaxs))
     assert ours.items() <= flaxs.items()
 

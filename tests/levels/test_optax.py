@@ -1,4 +1,4 @@
-"""The optax level: constraints that hold bit for bit, decay, schedules, and every kind of tree."""
+"""The optax level: constraints hold bit for bit, decay, schedules, and every kind of tree."""
 
 import functools
 
@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 
 def train(tx, params, steps=40, compiler_options=None):
-    """Adam-like steps on noise, jitted as a user would; yields the parameters after each."""
+    """Trains on noise with a jitted step; yields the parameters after each step."""
     opt = jax.jit(tx.init)(params)
 
     @functools.partial(jax.jit, compiler_options=compiler_options)
@@ -84,7 +84,7 @@ def test_gradual_pruning_follows_its_schedule():
     for i, p in enumerate(train(optax.chain(optax.adam(0.01), jw.project(jw.Prune(schedule))), params, 15)):
         zero = np.asarray(p["w"]) == 0
         assert zero.sum() == int(np.floor(1000 * float(schedule(i)) + 0.5))
-        assert (zero >= previous).all()  # what is pruned stays pruned
+        assert (zero >= previous).all()  # pruned weights stay pruned
         previous = zero
 
 

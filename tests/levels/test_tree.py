@@ -115,7 +115,7 @@ def test_the_first_rule_that_matches_is_taken():
 
 
 def test_weights_of_one_shape_are_updated_in_one_computation():
-    """The number of contractions in the program depends on the shapes and roles, not on the leaves."""
+    """The number of contractions in the program depends on shapes and roles, not on the number of leaves."""
     lifted = jw.on_tree(jw.SpectralNorm())
 
     def contractions(n):
@@ -156,7 +156,7 @@ def test_gradients_reach_weights_and_learned_state_only():
 
 
 def test_attention_is_read_as_the_operator_it_is():
-    """In Flax's attention the head axes are outputs (inputs of `out`), which the shapes alone do not tell."""
+    """In Flax's attention the head axes are outputs (inputs of `out`), which shapes alone do not show."""
     params = random_params(nn.MultiHeadDotProductAttention(num_heads=4), (2, 5, 64))
     lifted = jw.on_tree(jw.SpectralNorm(n_steps=200), where="**/kernel")
     new = jax.jit(lambda params: lifted.apply(params, lifted.update(params, lifted.init(params, KEY))))(params)

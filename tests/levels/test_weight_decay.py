@@ -1,4 +1,4 @@
-"""Weight decay in an optax chain: its place, its target, what it skips, and 100 steps as in optax and torch."""
+"""Weight decay in an optax chain: position, target, masking, and 100 steps that match optax and torch."""
 
 import equinox as eqx
 import jax
@@ -61,7 +61,7 @@ def test_100_steps_are_those_of_optax(name):
     assert np.abs(ours - without).max() > 0.01
 
 
-@pytest.mark.slow  # to import torch takes longer than all else here
+@pytest.mark.slow  # importing torch dominates the time
 @pytest.mark.parametrize("name", CHAINS)
 def test_100_steps_are_those_of_torch(name):
     torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jaxweights[peers]'")
@@ -77,7 +77,7 @@ def test_100_steps_are_those_of_torch(name):
 
 
 def test_decay_after_the_learning_rate_does_not_scale_with_it():
-    """w ← w + u − λw, of gradients 0: after n steps (1 − λ)ⁿ·w at any learning rate."""
+    """With zero gradients, w ← w + u − λw gives (1 − λ)ⁿ·w after n steps at any learning rate."""
     for rate in (1e-3, 1.0):
         params = {"w": jnp.asarray(W)}
         tx = optax.chain(optax.sgd(rate), jw.add_weight_decay(0.25, independent=True))
@@ -90,7 +90,7 @@ def test_decay_after_the_learning_rate_does_not_scale_with_it():
 
 @pytest.mark.parametrize("penalty_grad", [None, jnp.sign])
 def test_decay_toward_the_start_or_a_given_tree(penalty_grad):
-    """L2-SP: without a gradient the weights come back to the centre, and rest there."""
+    """L2-SP: without a gradient the weights return to the center and stay there."""
     params = {"a": jnp.asarray(W), "b": jnp.ones(4)}
     center = {"a": jnp.asarray(TARGET), "b": jnp.zeros(4)}
     tx = optax.chain(jw.add_weight_decay(0.5, toward=center, penalty_grad=penalty_grad), optax.sgd(0.1))
@@ -107,7 +107,7 @@ def test_decay_toward_the_start_or_a_given_tree(penalty_grad):
 
 
 def test_cautious_decay_after_adam_leaves_alone_what_moves_away_from_zero():
-    """Chen et al., algorithm 1: w ← w − η(u + λ·w·1[u·w >= 0]), u the direction that is subtracted."""
+    """Chen et al., algorithm 1: w ← w − η(u + λ·w·1[u·w >= 0]), where u is the subtracted direction."""
     params = {"w": jnp.array([[1.0, 1.0, -1.0, -1.0]])}
     grads = {"w": jnp.array([[1.0, -1.0, 1.0, -1.0]])}
     tx = optax.chain(

@@ -1,4 +1,4 @@
-"""Capture of what layers are fed, against the layers' own outputs, NumPy sums in float64, and a loop over layers."""
+"""Capture of layer inputs, against the layers' outputs, float64 NumPy sums, and a loop over layers."""
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ def normal(*shape, seed=0):
 
 
 def matrix_of_outputs(y, stats, w):
-    """Σyyᵀ over all but the output axes, as the weight numbers them, in float64."""
+    """Σyyᵀ over all but the output axes, in the weight's order of outputs, in float64."""
     y = np.asarray(y, np.float64)
     r = Reading.of(stats.axes, w.shape)
     groups, columns = stats.axes.groups, np.prod([w.shape[a] for a in r.output], dtype=int) // stats.axes.groups
@@ -55,7 +55,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_second_moment_explains_the_outputs(name):
-    """Wᵀ(Σxxᵀ)W = Σyyᵀ with the layer's own y. With at least as many outputs as inputs that determines Σxxᵀ."""
+    """Checks Wᵀ(Σxxᵀ)W = Σyyᵀ with the layer's own y. With at least as many outputs as inputs, it determines Σxxᵀ."""
     layer, shape = LAYERS[name]
     x, params = normal(*shape), random_params(layer, shape)
     (stats,) = jw.linen.capture(layer, {"params": params}, [x]).values()
@@ -114,7 +114,7 @@ def test_each_layer_of_a_scanned_stack_has_statistics(kind, axis):
 
 
 def test_scans_in_scans_keep_the_order_of_the_axes():
-    """A stack of 2 x 3 layers whose inner axis comes first in the weight."""
+    """A stack of 2 x 3 layers; the inner axis comes first in the weight."""
     kernels, x = normal(3, 2, 4, 4) / 2, normal(5, 4)
 
     def model(params, x):
@@ -270,7 +270,7 @@ def test_embeddings_are_left_out_and_tied_ones_are_read_as_they_are_used():
 
 
 def test_a_visit_may_change_the_product():
-    """Every layer's output brought to unit variance in one pass, as data-dependent initialization does."""
+    """Scales every layer's output to unit variance in one pass, like data-dependent initialization."""
     model, x = scanned("dense", length=4), 30 * normal(50, 6)
     params = random_params(model, x.shape)
 

@@ -1,4 +1,4 @@
-"""Data-dependent initialization: the outputs of layers as Flax itself shows them, and the formulas in float64."""
+"""Data-dependent initialization, against layer outputs captured by Flax and the formulas in float64."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -17,7 +17,7 @@ def normal(*shape, seed=0):
 
 
 def outputs(model, params, x):
-    """{module: what it gives, its bias included} of the layers of a Linen model, as Flax captures them."""
+    """{module: output, including bias} for the layers of a Linen model, captured by Flax."""
     layers = (nn.Dense, nn.Conv, nn.ConvTranspose, nn.DenseGeneral)
     wanted = lambda module, _: isinstance(module, layers)
     run = jax.jit(lambda p: model.apply({"params": p}, x, capture_intermediates=wanted)[1]["intermediates"])
@@ -25,7 +25,7 @@ def outputs(model, params, x):
 
 
 def check_standard(y, axes=1, mean=True):
-    """Mean 0, if so, and variance 1 over all but the last axes."""
+    """Checks variance 1, and mean 0 if `mean`, over all but the last `axes` axes."""
     y = np.asarray(y, np.float64)
     over = tuple(range(y.ndim - axes))
     if mean:
@@ -67,7 +67,7 @@ def test_every_unit_of_every_layer_is_standard(use_bias):
 
 
 def test_it_is_the_initialization_of_weight_normalization():
-    """t = v·x/‖v‖, g = 1/σ[t], b = −μ[t]/σ[t], layer after layer, of which `WeightNorm` then starts."""
+    """t = v·x/‖v‖, g = 1/σ[t], b = −μ[t]/σ[t], layer by layer. `WeightNorm` starts from the result."""
 
     x, model = 3 + 2 * normal(64, 5), jw.linen.Transformed(Mlp(), jw.WeightNorm())
     params = random_params(Mlp(), x.shape)
@@ -87,7 +87,7 @@ def test_it_is_the_initialization_of_weight_normalization():
 
 
 def test_layers_as_a_whole():
-    """As LSUV has it: variance 1 over all units of a layer, of orthogonal weights, which stay orthogonal."""
+    """As in LSUV: variance 1 over all units of a layer; orthogonal weights stay orthogonal."""
     model, x = Mlp(), normal(64, 5)
     rules = {"**/kernel": jw.initializers.orthogonal, "**/bias": jw.initializers.zeros}
     params = jax.jit(lambda p: jw.reinitialize(p, KEY, rules))(random_params(model, x.shape))
@@ -136,7 +136,7 @@ def test_nnx_and_equinox_are_trees_too():
 
 
 def test_what_does_not_vary_keeps_its_weights():
-    """Units that are dead, and one whose output is constant up to rounding."""
+    """Dead units, and a unit whose output is constant up to rounding."""
     x = normal(1000, 3)
     x[:, 0] = 0.1
     kernel = np.float32([[1.1, 0, 2], [0, 0, 1], [0, 0, 3]])

@@ -1,4 +1,4 @@
-"""Batch norms of whole models folded away: the same outputs, for every kind of layer, and clear errors."""
+"""Folding the batch norms of whole models: equal outputs for every kind of layer, and clear errors."""
 
 import flax.linen as nn
 import jax
@@ -61,7 +61,7 @@ def random_variables():
 
 def test_every_kind_of_layer():
     params, stats = random_variables()
-    # Variances as a trained model has them: tiny, denormal and 0.
+    # Variances that occur in trained models: tiny, denormal and 0.
     stats["block"]["conv_norm"]["var"] = stats["block"]["conv_norm"]["var"].at[:3].set([1e-12, 1e-40, 0.0])
     expected = jax.jit(Model().apply)({"params": params, "batch_stats": stats}, X)
     folded = jw.fold_batch_norms(params, stats, PAIRS, axes=AXES)

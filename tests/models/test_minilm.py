@@ -1,4 +1,4 @@
-"""The sentence encoder of the examples: it is the published one, and its pruned copies rank as they should."""
+"""The sentence encoder of the examples: matches the published model, and pruning methods rank as expected."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def minilm():
-    """The example, importable, if its packages are there."""
+    """Imports the example, or skips if its packages are missing."""
     sys.path.insert(0, str(EXAMPLES))
     try:
         import minilm

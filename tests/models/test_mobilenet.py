@@ -1,4 +1,4 @@
-"""MobileNetV2 of the examples: its weights are read without running a pickle, it computes what torch does, it folds."""
+"""MobileNetV2 of the examples: loads weights without executing a pickle, matches torch, and folds."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="module", autouse=True)
 def examples():
-    """The directory of the examples, importable."""
+    """Makes the examples importable."""
     sys.path.insert(0, str(EXAMPLES))
     yield
     sys.path.remove(str(EXAMPLES))
@@ -22,7 +22,7 @@ def examples():
 
 @pytest.fixture(scope="module")
 def weights(examples):
-    """The file of the weights."""
+    """Path of the weights."""
     import mobilenet_v2
 
     spec = importlib.util.find_spec(mobilenet_v2.PACKAGE)
@@ -34,7 +34,7 @@ def weights(examples):
 
 @pytest.fixture(scope="module")
 def outcome(weights):
-    """The example, run."""
+    """The outcome of the example."""
     import mobilenet
 
     return mobilenet.main(["--quick"])
@@ -132,7 +132,7 @@ def test_it_sees_the_palace_in_the_photo(outcome):
 
 @pytest.mark.slow
 def test_the_logits_are_those_of_torch(outcome, weights):
-    """A forward pass from the names in the file, in torch's own layout."""
+    """Compares with a forward pass in torch, built from the names in the file."""
     import mobilenet
     import torch_pickle
 

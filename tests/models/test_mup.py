@@ -1,4 +1,4 @@
-"""muP on trees: the scales of every weight of a model, and steps of the same size at every width."""
+"""muP on trees: the scales of every weight of a model, and updates independent of width."""
 
 import functools
 
@@ -19,7 +19,7 @@ WIDTHS = [64, 256, 1024]
 
 
 class Model(nn.Module):
-    """One of everything."""
+    """One layer of every kind."""
 
     width: int
 
@@ -50,7 +50,7 @@ def ones(width):
 
 
 def expected(path, r):
-    """(init, Adam, SGD) at r times the width of the base."""
+    """Returns the scales (init, Adam, SGD) at r times the base width."""
     if path == "head/bias":
         return 1, 1, 1
     if path.endswith(("bias", "scale", "embedding")):
@@ -81,7 +81,7 @@ def test_the_base_changes_nothing():
 
 
 def test_axes_by_hand():
-    """Without a bias nothing tells that this is (features, heads, head_dim)."""
+    """Without a bias, (features, heads, head_dim) cannot be inferred."""
     wide, narrow = ({"q": {"kernel": jnp.ones((n, n // 4, 4))}} for n in (32, 8))
     tx = jw.scale_by_mup(narrow, axes={"q/kernel": jw.axes.ATTENTION_IN})
     assert (tx.update(wide, tx.init(wide), wide)[0]["q"]["kernel"] == 1 / 4).all()
@@ -125,7 +125,7 @@ def test_stacks_of_another_depth_are_refused():
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def moved(key, width, tx, adaptive):
-    """How far 5 steps move the output of each layer of a linear network whose output layer starts at 0."""
+    """How far 5 steps move the output of each layer of a linear network with a zero output layer."""
     keys = jax.random.split(key, 5)
     shapes = [(20, width), (width, width), (width, width), (width, 3)]
     weights = {
@@ -154,7 +154,7 @@ def moved(key, width, tx, adaptive):
 
 
 def slopes(tx, adaptive):
-    """The slope of log movement against log width, for each layer."""
+    """Slope of log movement against log width, per layer."""
     return np.polyfit(np.log(WIDTHS), np.log([moved(KEY, n, tx, adaptive) for n in WIDTHS]), 1)[0]
 
 

@@ -1,4 +1,4 @@
-"""Plots show the numbers they are made from."""
+"""Plots show their input data."""
 
 import builtins
 

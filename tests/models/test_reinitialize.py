@@ -1,4 +1,4 @@
-"""Drawing the weights of a tree anew, and the fans that layers of Flax come to."""
+"""Reinitialization of trees, and the resulting fans of Flax layers."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ init = jw.initializers
 
 
 def check_fan(kernel, n_in):
-    """The variance is He's, 2/n_in, within six standard errors."""
+    """Checks He's variance, 2/n_in, within six standard errors."""
     w = np.float64(kernel)
     assert abs((w**2).mean() * n_in / 2 - 1) < 6 * math.sqrt(2 / w.size)
 
@@ -91,7 +91,7 @@ def test_orthogonal_attention_by_kernel_init():
         np.testing.assert_allclose(m.T @ m, np.eye(32), atol=1e-5)
 
 
-# `reinitialize`: the tree tells attention and stacks.
+# `reinitialize`: the tree reveals attention and stacks.
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_fans_that_follow_from_the_tree(module, x_shape, fans):
 
 
 def test_axes_by_hand_come_first():
-    """What `functools.partial` has set is not inferred."""
+    """Axes set by `functools.partial` are not inferred."""
     rule = functools.partial(jw.he_normal, mode="fan_out", axes=depthwise(512))
     new = jw.reinitialize({"kernel": jnp.zeros((3, 3, 1, 512)), "bias": jnp.zeros(512)}, KEY, {"kernel": rule})
     check_fan(new["kernel"], 9)

@@ -1,4 +1,4 @@
-"""Summaries of trees, against numpy."""
+"""Summaries of trees, against NumPy."""
 
 import io
 import math
@@ -52,7 +52,7 @@ def test_few_scattered_entries_have_no_pattern():
 
 
 def test_weights_are_read_as_the_tree_says():
-    """The heads of attention, and the layers of a stack."""
+    """Attention heads and stacked layers."""
     model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
     params = model.init(jax.random.key(0), jnp.ones((1, 3, 6)))["params"]
     rows = {r.path: r for r in jw.summarize(params).rows}

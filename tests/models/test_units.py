@@ -1,4 +1,4 @@
-"""Units are found, scored and removed, and the smaller model computes what the masked one does."""
+"""Units are found, scored and removed; the smaller model matches the masked one."""
 
 import functools
 
@@ -15,7 +15,7 @@ KEY = jax.random.key(0)
 
 
 def random(tree):
-    """The tree with random values, all positive: no statistics of a fresh model."""
+    """The tree with random positive values, so that statistics are not those of a fresh model."""
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(0)
     return jax.tree.unflatten(structure, [jnp.float32(rng.uniform(0.1, 1.1, a.shape)) for a in leaves])
@@ -26,19 +26,19 @@ def slots(group):
 
 
 def found(model, *inputs):
-    """(variables, function, {name: group})"""
+    """Returns (variables, function, {name: group})."""
     f = jax.jit(model.apply)
     variables = random(jax.eval_shape(model.init, KEY, *inputs))
     return variables, f, {g.name.removeprefix("params/"): g for g in jw.units.unit_groups(f, variables, *inputs)}
 
 
 def halves(group):
-    """Every other unit, in a pattern that is no multiple of anything."""
+    """Drops every third unit, a pattern misaligned with other sizes."""
     return jnp.arange(group.size) % 3 != 1
 
 
 class ResNet(nn.Module):
-    """Residual blocks with depthwise convolutions and batch norms, and a flatten before dense layers."""
+    """Residual blocks with depthwise convolutions and batch norms, then flatten and dense layers."""
 
     stem: int = 6
     hidden: tuple[int, int] = (9, 12)
@@ -115,7 +115,7 @@ def test_heads_of_attention_and_the_features_of_their_values():
     attention = lambda n: nn.MultiHeadDotProductAttention(n, qkv_features=8 * n, out_features=16)
     variables, f, groups = found(attention(4), x)
     heads, features = groups["key/kernel"], groups["value/kernel"]
-    assert (heads.size, features.size, len(groups)) == (4, 8, 2)  # not those of query and key: 1/√d depends on them
+    assert (heads.size, features.size, len(groups)) == (4, 8, 2)  # not query and key features: 1/√d depends on them
     assert slots(heads) >= {("params/query/kernel", 1, 1, False), ("params/out/kernel", 0, 1, True)}
     keep = {heads: jnp.array([True, False, True, True])}
     y = jax.jit(attention(3).apply)(jw.units.remove_units(variables, keep), x)
@@ -123,12 +123,12 @@ def test_heads_of_attention_and_the_features_of_their_values():
 
 
 def test_units_flattened_before_and_behind_others():
-    """Heads as runs of features, and channels behind positions; both in one axis."""
+    """Two flattened layouts in one axis: heads of contiguous features, and channels after positions."""
     params = {"a": jnp.ones((5, 12)), "b": jnp.ones(12), "c": jnp.ones((12, 2))}
 
     def f(p, x):
         y = jnp.tanh((x @ p["a"]).reshape(-1, 3, 4) + p["b"].reshape(3, 4))
-        y = y / jnp.sum(jnp.square(y), -1, keepdims=True)  # of each run: its features must stay
+        y = y / jnp.sum(jnp.square(y), -1, keepdims=True)  # normalizes each head, so its features must stay
         return y.reshape(-1, 12) @ p["c"]
 
     (group,) = jw.units.unit_groups(f, params, jnp.ones((7, 5)))
@@ -216,7 +216,7 @@ def test_masks_may_be_traced():
 
 
 def test_two_groups_in_one_axis():
-    """Heads and the features of each: what stays is in both."""
+    """Heads and their features: an entry stays if both keep it."""
     heads, features = jw.units.UnitGroup(2, (("w", 0, 3),)), jw.units.UnitGroup(3, (("w", 0),))
     keep = {heads: np.array([True, True]), features: np.array([True, False, True])}
     np.testing.assert_array_equal(jw.units.remove_units({"w": jnp.arange(6.0)}, keep)["w"], [0, 2, 3, 5])

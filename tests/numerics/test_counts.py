@@ -1,4 +1,4 @@
-"""Two-limb integers against Python's: every pair of small limbs, and large ones at random."""
+"""Two-limb integers against Python's: all pairs of small limbs, and random large ones."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,12 @@ from jaxweights.numerics.counts import Count, count, fraction_of, round_half_up,
 
 
 def value(c, base=2**32):
-    """The integers that a count holds."""
+    """Converts a count to Python integers."""
     return np.asarray(c.hi).astype(object) * base + np.asarray(c.lo).astype(object)
 
 
 def test_arithmetic_carries_and_borrows():
-    """With limbs of 8 bits, all pairs of every 151st integer and of those beside the borders of the limbs."""
+    """8-bit limbs: all pairs of every 151st integer and of integers at limb boundaries."""
     n = np.unique(np.concatenate([np.arange(0, 65536, 151), *(np.arange(256) * 256 + d for d in (-1, 0, 1))]) % 65536)
     a, b = (jnp.asarray(m) for m in np.meshgrid(n, n))
     split = lambda m: Count((m // 256).astype(jnp.uint8), (m % 256).astype(jnp.uint8))
@@ -36,7 +36,7 @@ def test_arithmetic_carries_and_borrows():
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16])
 def test_total_of_bytes(n):
-    """Sixteen numbers are the most whose halves fit."""
+    """Sums of the halves fit for at most sixteen numbers."""
     parts = np.random.default_rng(n).choice([0, 1, 15, 16, 240, 254, 255], (1000, n)).astype(np.uint8)
     parts[0] = 255
     np.testing.assert_array_equal(value(total(jnp.asarray(parts), (1,)), 256), parts.astype(int).sum(1))

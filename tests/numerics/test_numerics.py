@@ -1,4 +1,4 @@
-"""The shared numerics, against float64 NumPy."""
+"""Shared numerics, against float64 NumPy."""
 
 import re
 
@@ -127,7 +127,7 @@ def test_straight_through_forward_mode():
 
 @pytest.fixture
 def stored(optimizing):
-    """(p, u, target) -> (p after `optax.apply_updates` of the delta, the delta), the sum made by NumPy."""
+    """(p, u, target) -> (p after `optax.apply_updates` of the delta, the delta), summed in NumPy."""
     run = jax.jit(exact_delta, compiler_options=optimizing)
 
     def stored(p, u, target):
@@ -143,7 +143,7 @@ def stored(optimizing):
 def test_exact_delta_never_passes_its_target(stored, dtype, spread):
     rng = np.random.default_rng(spread)
     info = jnp.finfo(dtype)
-    # Subnormal numbers of float32 are flushed to 0 by the hardware; those of float16 are ordinary in float32.
+    # The hardware flushes float32 subnormals to 0; float16 subnormals are normal in float32.
     low = float(info.smallest_subnormal if dtype == jnp.float16 else info.tiny)
 
     def wild():
@@ -158,7 +158,7 @@ def test_exact_delta_never_passes_its_target(stored, dtype, spread):
     assert (np.abs(exact) <= np.abs(goal)).all()
     assert (exact * goal >= 0).all()
     np.testing.assert_array_equal(exact[:4000], goal[:4000])
-    # It falls short by one unit in the last place of p, of d or, in p's dtype, of the target.
+    # Falls short by at most one ulp of p, of d or, in p's dtype, of the target.
     unit = 2.0**-22 * np.maximum(np.abs(np.float64(p)), np.abs(goal)) + np.maximum(float(info.eps) * np.abs(goal), low)
     assert (np.abs(goal) - np.abs(exact) <= unit).all()
 
@@ -197,7 +197,7 @@ def test_exact_delta_at_the_ends_of_the_range(stored):
     ],
 )
 def test_no_decomposition_is_batched(f):
-    """On the CPU, batched calls of LAPACK that run at once can wait for each other for ever."""
+    """Concurrent batched LAPACK calls can deadlock on the CPU."""
     text = jax.jit(f).lower(jnp.ones((4, 3, 2))).as_text()
     calls = [line for line in text.splitlines() if "@lapack" in line or "triangular_solve" in line]
     assert len(calls) > 0

@@ -1,4 +1,4 @@
-"""Exact selection against NumPy's stable argsort, its program on a mesh, and its memory."""
+"""Exact selection against NumPy's stable argsort, its program on a mesh, and its memory use."""
 
 import re
 
@@ -19,7 +19,7 @@ named = {"ids": lambda x: getattr(x, "__name__", str(x))}
 
 
 def argsort_rule(x, k, rank=by_magnitude):
-    """The k smallest of each row, ties by index, NaN last."""
+    """Mask of the k smallest of each row, ties by index, NaN last."""
     x = np.asarray(x, np.float64)
     order = np.argsort(np.abs(x) if rank is by_magnitude else x, axis=-1, kind="stable")
     places = np.empty_like(order)
@@ -28,7 +28,7 @@ def argsort_rule(x, k, rank=by_magnitude):
 
 
 def rows(dtype, n, cases=10_000):
-    """Rows of every kind: normal at all scales, of few values, of special values, constant."""
+    """Rows of every kind: normal at all scales, few distinct values, special values, constant."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(cases, n)) * 10.0 ** rng.integers(-3, 3, (cases, 1))
     x[cases // 4 :] = rng.integers(-2, 3, (len(x[cases // 4 :]), n))
@@ -53,7 +53,7 @@ def test_ten_thousand_cases_are_the_argsort_rule(dtype, rank):
 
 @pytest.mark.parametrize("n", [1, 8, 37])
 def test_along_axes_is_one_selection_for_each_index_of_the_others(n):
-    """A few entries, which are compared with each other, and more, of eight-bit floats too; the axes in any place."""
+    """Few entries, which are compared pairwise, and more; 8-bit floats; axes in any position."""
     cases = [rows(dtype, n, 500) for dtype in (jnp.float32, jnp.float8_e4m3fn)]
     last, first, apart = lambda a: a, lambda a: a.T, lambda a: a.reshape(10, 50, -1, 1).transpose(0, 2, 1, 3)
 
@@ -73,7 +73,7 @@ def test_along_axes_is_one_selection_for_each_index_of_the_others(n):
 
 @pytest.mark.parametrize("shape", [(40, 256), (3, 3, 16, 256), (7, 1, 129), (4096,)], ids=str)
 def test_of_arrays_whose_axes_are_split(shape):
-    x = np.random.default_rng(0).normal(size=shape).round(2)  # many ties at each magnitude
+    x = np.random.default_rng(0).normal(size=shape).round(2)  # many ties
     ks = np.array([1, x.size // 3, x.size - 1])
     select = jax.jit(lambda x, ks: jax.lax.map(lambda k: smallest_mask(x, k), ks))
     for dtype in FLOATS:
@@ -120,14 +120,14 @@ def test_scalars_nothing_and_counts_out_of_range():
 
 
 def test_counts_past_32_bits(optimizing):
-    """Of a virtual array of 70,000 x 65,536 entries: only its indices are looked at, none of them stored."""
+    """Counts in a virtual array of 70,000 x 65,536 entries, using only its indices and storing none."""
 
     def counts():
         pool = selection._Pool(jnp.zeros((70_000, 65_536)), (0, 1))
-        row = jax.lax.broadcasted_iota(jnp.uint32, pool.x.shape, 0)  # in 16ths of 70,000
+        row = jax.lax.broadcasted_iota(jnp.uint32, pool.x.shape, 0)  # sixteenths of the rows
         return pool.count([row < 15, row < 16])
 
-    # What the quick compiler makes counts one entry at a time, for a quarter of a minute.
+    # Fast compilation yields a scalar loop that takes 15 seconds.
     fewer, every = jax.jit(counts, compiler_options=optimizing)()
     assert int(every.hi) * 2**32 + int(every.lo) == 70_000 * 65_536
     assert int(fewer.hi) * 2**32 + int(fewer.lo) == 70_000 * 65_536 * 15 // 16
@@ -162,14 +162,14 @@ def test_temporary_memory_is_at_most_twice_the_array(shape, rank, dtype):
 
 
 def collectives(hlo):
-    """(kind, shape) of each operation between devices."""
+    """(kind, shape) of each collective operation."""
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
     return [(kind, shape) for shape, kind in re.findall(rf"= (\S+|\([^)]*\)) ({kinds})(?:-start)?\(", hlo)]
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_on_a_mesh_only_sums_of_counts_cross_devices(kind):
-    """As many and as large, whatever the size of the array."""
+    """Their number and size do not depend on the size of the array."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType[kind],) * 2)
     found = []
     for shape in [(128, 512), (512, 1024)]:
@@ -177,7 +177,8 @@ def test_on_a_mesh_only_sums_of_counts_cross_devices(kind):
         placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("x", "y")))
         compiled = jax.jit(lambda x: smallest_mask(x, x.size // 2)).lower(placed).compile()
         found.append(collectives(compiled.as_text()))
-        np.testing.assert_array_equal(compiled(placed).ravel(), argsort_rule(x.reshape(1, -1), x.size // 2)[0])
+        mask = np.asarray(compiled(placed)).ravel()
+        np.testing.assert_array_equal(mask, argsort_rule(x.reshape(1, -1), x.size // 2)[0])
         assert compiled.output_shardings.is_equivalent_to(placed.sharding, 2)
     assert {kind for kind, _ in found[0]} == {"all-reduce"}
     assert sorted(found[0]) == sorted(found[1])

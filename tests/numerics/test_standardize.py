@@ -1,4 +1,4 @@
-"""The derivative that all norms share: its values, what it stores, masks, and every order of differentiation."""
+"""The shared derivative of the norms: values, residuals, masks, and all orders of differentiation."""
 
 import functools
 
@@ -13,14 +13,14 @@ import jaxweights as jw
 
 SHAPE = (4, 6, 8)
 MASK = np.random.default_rng(9).random(SHAPE) < 0.7
-POSITIONS = np.array([[True], [True], [False], [True], [False], [True]])  # of axis 1, for every sample and feature
+POSITIONS = np.array([[True], [True], [False], [True], [False], [True]])  # along axis 1, for every sample and feature
 
 
 def rms_norm(x, scale, bias, **options):
     return jw.rms_norm(x, scale, **options)
 
 
-# name: (norm, the shape it splits x into, the axes of its statistics)
+# name: (norm, shape it splits x into, axes of the statistics)
 NORMS = {
     "layer": (jw.layer_norm, SHAPE, (2,)),
     "rms": (rms_norm, SHAPE, (2,)),
@@ -45,7 +45,7 @@ def ours(name, where=None, **options):
 
 
 def formula(name, where=None, eps=1e-5):
-    """Plain two-pass statistics and nothing else: in float64 JAX's own derivative of it is the oracle."""
+    """Plain two-pass formula. JAX's own derivative of it in float64 is the oracle."""
     _, split, axis = NORMS[name]
     where = np.broadcast_to(True if where is None else where, SHAPE).reshape(split)
     average = lambda y: jnp.sum(y, axis, keepdims=True, where=where) / np.maximum(where.sum(axis, keepdims=True), 1)
@@ -68,7 +68,7 @@ def test_values_and_gradients(name, where):
 
         @jax.jit
         def both(args):
-            """(value, derivative along the tangents, gradients), of ours and of the formula."""
+            """Returns (value, directional derivative, gradients) of ours and of the formula."""
             fs = ours(name, where, eps=1e-5), formula(name, where)
             return [(*jax.jvp(f, args, tangents), *jax.vjp(f, *args)[1](cotangent)) for f in fs]
 
@@ -96,7 +96,7 @@ def test_second_derivatives_in_every_order(name):
 
 @pytest.mark.parametrize("name", ["layer", "rms"])
 def test_jacobians_of_many_directions(name, optimizing):
-    """XLA for CPUs (jaxlib 0.10) errs in sums of products where `vmap` gives a batch axis to one factor alone."""
+    """XLA on CPU (jaxlib 0.10) computes wrong sums of products if `vmap` batches only one factor."""
     f, (x, scale, bias) = ours(name), (jnp.float32(normal(*s)) for s in ((8, 6, 16), (16,), (16,)))
     directions = jnp.float32(normal(768, 8, 6, 16, seed=1))
     push = lambda v: jax.jvp(lambda x: f(x, scale, bias), (x,), (v,))[1]
@@ -109,7 +109,7 @@ def test_jacobians_of_many_directions(name, optimizing):
 @every_norm
 @pytest.mark.parametrize("where", [None, True], ids=["whole", "masked"])
 def test_a_distant_mean_costs_no_more_than_its_own_rounding(name, where, optimizing):
-    """In float32 the mean is known to 2^-24 of its size: 6e-4 at a mean of 1e4. A mask adds a pass."""
+    """In float32 the mean has relative precision 2^-24: 6e-4 at a mean of 1e4. A mask adds a pass."""
     shape, axis = (8, 64, 32), NORMS[name][2]
     x = np.float32(normal(*shape) + 1e4)
     where = None if where is None else np.random.default_rng(9).random(shape) < 0.9
@@ -125,11 +125,11 @@ def test_a_distant_mean_costs_no_more_than_its_own_rounding(name, where, optimiz
     np.testing.assert_allclose(found, exact, rtol=0, atol=2e-3)
 
 
-# What a gradient stores
+# Residuals
 
 
 def stored(f, *args):
-    """The shapes and dtypes of what the backward pass is given."""
+    """Shapes and dtypes of the residuals of the backward pass."""
     return jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], *args))
 
 
@@ -173,7 +173,7 @@ def test_frozen_statistics_store_x_in_its_own_dtype():
 
 @pytest.mark.parametrize("name", ["layer", "batch"])
 def test_gradients_of_16_bits_are_summed_in_32(name, optimizing):
-    """Against float64 of the same rounded input: 4,096 terms summed in bfloat16 would be off by several percent."""
+    """Compares with float64 on the rounded input. Summing 4,096 terms in bfloat16 would be off by several percent."""
     x, ct = (jnp.asarray(normal(4096, 4, seed=s), jnp.bfloat16) for s in (0, 1))
     f = NORMS[name][0]
     pull = jax.jit(lambda *args: jax.vjp(f, *args)[1](ct + 1), compiler_options=optimizing)
@@ -216,7 +216,7 @@ def test_a_sample_in_which_nothing_counts_becomes_its_bias():
 
 @every_norm
 def test_what_does_not_count_may_be_nan_or_infinite(name):
-    """Neither the other entries nor their gradients see it, where the loss does not see it either."""
+    """Other entries and their gradients are unaffected if the loss ignores the masked entries."""
     x, scale, bias = arguments(jnp.float32)
     weight = jnp.where(MASK, normal(*SHAPE, seed=3), 0)
 

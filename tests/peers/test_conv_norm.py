@@ -1,4 +1,4 @@
-"""A convolution normalized by its peers is no map of norm 1: their norm is that of the kernel read as a matrix."""
+"""Peers normalize a convolution by its kernel read as a matrix, so the layer does not have norm 1."""
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ KERNELS = {
 
 
 def norm(layer, n_in):
-    """The largest singular value of a layer of images, from its outputs for all images that are 1 at one place."""
+    """Largest singular value of a linear layer on images, from its outputs for all one-hot images."""
     n = SIDE * SIDE * n_in
     return np.linalg.norm(np.float64(layer(np.eye(n, dtype=np.float32).reshape(n, SIDE, SIDE, n_in))).reshape(n, -1), 2)
 

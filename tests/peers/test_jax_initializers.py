@@ -1,4 +1,4 @@
-"""The initializers beside those of JAX, draw by draw."""
+"""Initializers against JAX's, draw by draw."""
 
 import functools
 
@@ -48,7 +48,7 @@ SAME_DRAWS = {
 
 
 def test_all_of_jax_is_there():
-    """glorot is Xavier, kaiming is He."""
+    """Glorot is Xavier and Kaiming is He."""
     public = [n for n in dir(peer) if not n.startswith("_") and n != "Initializer"]
     names = {n.replace("glorot", "xavier").replace("kaiming", "he") for n in public}
     assert names <= set(init.__all__)

@@ -1,4 +1,4 @@
-"""What the README says of Flax, optax and torch is so, and ours does better: each claim of the comparison, run."""
+"""Runs each claim of the README about Flax, optax and torch, and checks that ours does better."""
 
 import functools
 
@@ -93,7 +93,7 @@ def test_a_constraint_in_a_chain_holds_wherever_it_can_here():
     grads = {"w": jnp.ones((4, 4))}
     first = optax.chain(optax.keep_params_nonnegative(), optax.sgd(1.0))
     updates, _ = first.update(grads, first.init(params), params)
-    assert (optax.apply_updates(params, updates)["w"] < 0).any()  # silently, since it has to be last
+    assert (optax.apply_updates(params, updates)["w"] < 0).any()  # silently violated, since it has to be last
     last = optax.chain(optax.sgd(1.0), jw.project(jw.ClipWeights(0.1)))
     updates, _ = last.update(grads, last.init(params), params)
     assert (jnp.abs(optax.apply_updates(params, updates)["w"]) <= 0.1).all()

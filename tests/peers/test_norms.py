@@ -1,6 +1,6 @@
-"""Layer and batch norm beside Flax's and Equinox's: what theirs get wrong, and ours does not.
+"""Layer and batch norm against Flax's and Equinox's: defects of theirs that ours avoids.
 
-Their defects are of flax 0.12.8 and equinox 0.13.8. A test that fails because one is gone has done its work.
+The defects are those of flax 0.12.8 and equinox 0.13.8. If a test fails because a defect was fixed, delete it.
 """
 
 import equinox as eqx
@@ -22,7 +22,7 @@ def standardized(x, axis, eps):
     return (x - x.mean(axis, keepdims=True)) / np.sqrt(x.var(axis, keepdims=True) + eps)
 
 
-# name: (ours, Flax's by default, the axis of the statistics, ε)
+# name: (ours, Flax's with defaults, axis of the statistics, ε)
 NORMS = {
     "layer": (jw.linen.LayerNorm(), nn.LayerNorm(), -1, 1e-6),
     "batch": (jw.linen.BatchNorm(False), nn.BatchNorm(False), 0, 1e-5),
@@ -32,7 +32,7 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize(("mean", "theirs", "bound"), [(1e2, 1e-3, 2e-5), (1e3, 0.1, 2e-4), (1e4, 100, 2e-3)])
 def test_fast_variance_loses_the_digits_that_the_mean_takes(name, mean, theirs, bound):
-    """E[x²] − E[x]² in float32, for inputs of variance 1: Flax's default is off by thousands at a mean of 1e4."""
+    """E[x²] − E[x]² in float32, at variance 1: Flax's default is off by thousands at a mean of 1e4."""
     ours, flax, axis, eps = NORMS[name]
     x = np.float32(rng.normal(size=(256, 512)) + mean)
     variables, exact = jax.jit(ours.init)(KEY, x), standardized(x, axis, eps)
@@ -42,14 +42,14 @@ def test_fast_variance_loses_the_digits_that_the_mean_takes(name, mean, theirs, 
     assert error(flax) > theirs
 
 
-# Two devices of four rows: on the one all count, on the other a single row, which is far away.
+# Two devices with four rows each: all rows count on one, a single outlier on the other.
 ROWS = np.float32(rng.normal(size=(2, 4, 3)))
 ROWS[1] += 10
 COUNTS = np.array([[True] * 4, [True] + [False] * 3])[..., None]
 
 
 def test_devices_are_averaged_by_what_counts_on_them():
-    """Flax takes the mean of the devices' means."""
+    """Flax averages the device means without weights."""
     kept = np.float64(ROWS).reshape(8, 3)[COUNTS.ravel()]
     of_devices = np.stack([r[c.ravel()].mean(0) for r, c in zip(np.float64(ROWS), COUNTS, strict=True)])
 
@@ -67,7 +67,7 @@ def test_devices_are_averaged_by_what_counts_on_them():
 
 
 def test_a_batch_in_which_nothing_counts_leaves_the_running_statistics():
-    """In Flax it makes them NaN, for good."""
+    """In Flax they become NaN permanently."""
     x, mask = jnp.float32(ROWS[0]), jnp.zeros((4, 1), bool)
 
     def linen(module):
@@ -89,7 +89,7 @@ def test_a_batch_in_which_nothing_counts_leaves_the_running_statistics():
 
 
 def test_a_sample_in_which_nothing_counts_is_its_bias():
-    """In Flax it is NaN."""
+    """Flax returns NaN."""
     x, mask = jnp.float32(ROWS[0]), jnp.ones((4, 1), bool).at[2].set(False)
     for name in ("LayerNorm", "RMSNorm"):
         ours, flax = (getattr(level, name)() for level in (jw.linen, nn))
@@ -100,7 +100,7 @@ def test_a_sample_in_which_nothing_counts_is_its_bias():
 
 
 def test_group_norm_takes_a_mask_that_broadcasts():
-    """Flax's documents that it does, and cannot reshape it."""
+    """Flax documents this but fails to reshape the mask."""
     x, mask = jnp.float32(rng.normal(size=(2, 6, 4))), jnp.arange(6)[:, None] < 4
     variables = jax.jit(nn.GroupNorm(2).init)(KEY, x)
     y = jax.jit(jw.linen.GroupNorm(2).apply)(variables, x, mask=mask)
@@ -111,7 +111,7 @@ def test_group_norm_takes_a_mask_that_broadcasts():
 
 
 def test_the_running_variance_is_never_beyond_what_has_been_seen():
-    """Equinox starts from 1 and divides by 1 − momentum^steps, as if from 0: at first it is 25 times the batch's."""
+    """Equinox starts from 1 but corrects the bias as if from 0: at first its variance is 25 times the batch's."""
     x = np.float32(rng.normal(size=(4096, 1)) * np.sqrt(4.08))
     seen = x.var()
     norm = eqx.nn.BatchNorm(1, axis_name="b", mode="batch", channelwise_affine=False)

@@ -1,4 +1,4 @@
-"""Every projection of optax and every constraint of Keras has its equal here, of each output unit by `axes`."""
+"""Every optax projection and Keras constraint has an equivalent here, per output unit by `axes`."""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def norm(w, axis):
 
 @pytest.mark.parametrize("axis", [0, (0, 1, 2)], ids=["dense", "convolution"])
 def test_keras(axis):
-    """The formulas of keras.constraints with their own `axis`, which for a kernel of (..., in, out) is our default."""
+    """The formulas of keras.constraints with their `axis`, which matches our default for (..., in, out) kernels."""
     w = K if axis == (0, 1, 2) else K[0, 0]
     n = norm(w, axis)
     middle = float(np.median(n))

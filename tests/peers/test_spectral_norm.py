@@ -1,4 +1,4 @@
-"""What Flax's spectral normalization does to weights that are more than one matrix, and what ours does."""
+"""Spectral normalization of weights that are not a single matrix: Flax's against ours."""
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ def sigma(w):
 
 
 def flax_stats(module, x, n_steps=100):
-    """{path: σ} that Flax finds, and the parameters of the module."""
+    """Returns Flax's {path: σ} and the parameters of the module."""
     wrapped = nn.SpectralNorm(module, n_steps=1)
 
     @jax.jit
@@ -36,7 +36,7 @@ def flax_stats(module, x, n_steps=100):
 
 
 def folded(module, x, params):
-    """The weights that ours makes of those parameters."""
+    """Our normalized weights for those parameters."""
     wrapped = jw.linen.Transformed(module, jw.SpectralNorm(n_steps=100))
 
     @jax.jit
@@ -71,7 +71,7 @@ def test_a_transposed_convolution_is_read_by_its_inputs_and_outputs():
 
 
 def test_each_layer_of_a_stack_has_its_own_norm():
-    """Flax reads a stack (layers, in, out) as one matrix (layers·in, out)."""
+    """Flax flattens a stack (layers, in, out) to one matrix (layers·in, out)."""
     module, x = scanned("dense", length=3), jnp.ones((2, 6))
     theirs, params = flax_stats(module, x)
     (kernel,) = (a for a in jax.tree.leaves(params) if a.ndim == 3)

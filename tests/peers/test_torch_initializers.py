@@ -1,4 +1,4 @@
-"""The initializers beside those of torch, exactly or by their spread."""
+"""Initializers against torch's, exactly or by mean and variance."""
 
 import math
 from functools import partial
@@ -17,7 +17,7 @@ KERNEL = (3, 3, 40, 120)
 
 
 def torch_weight(fill, shape=KERNEL, **options):
-    """What torch fills in, in our layout."""
+    """A weight initialized by torch, in our layout."""
     *window, n_in, n_out = shape
     torch.manual_seed(0)
     w = fill(torch.empty(n_out, n_in, *window), **options).numpy()
@@ -53,7 +53,7 @@ def test_torch_has_the_same_mean_and_spread(name):
     a, b = np.float64(jax.jit(lambda: ours(KEY, KERNEL))()), np.float64(torch_weight(theirs, **options))
     error = math.sqrt(
         2 / a.size
-    )  # of a difference, in units of the spread; a kurtosis of at most 3 bounds the variance's
+    )  # standard error of a difference, in units of std; kurtosis <= 3 bounds that of the variance
     assert abs(a.mean() - b.mean()) < 6 * error * b.std()
     assert abs(a.var() / b.var() - 1) < 6 * error * math.sqrt(2)
 
@@ -76,7 +76,7 @@ def test_torch_has_the_same_identity():
 
 
 def test_torch_counts_the_zeros_of_the_columns_of_its_layout():
-    """Of what each input feeds, not of the inputs of each unit: see `sparse`."""
+    """torch zeroes a fraction of the outputs of each input, not of the inputs of each unit: see `sparse`."""
     theirs = torch_weight(torch.nn.init.sparse_, (40, 120), sparsity=0.25)
     assert (np.sum(theirs == 0, axis=1) == 30).all() and len(set(np.sum(theirs == 0, axis=0))) > 1
     ours = np.asarray(init.sparse(KEY, (40, 120), sparsity=0.25))

@@ -1,4 +1,4 @@
-"""Weight normalization beside Flax's and torch's: what their wrappers do to a layer, and ours does not."""
+"""Weight normalization against Flax's and torch's: defects of their wrappers that ours avoids."""
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ def linear():
 
 
 def linen_losses(model, params):
-    """The loss before each of so many steps of gradient descent, and the parameters after them."""
+    """Returns the loss before each step of gradient descent, and the final parameters."""
 
     def step(params, _):
         loss, grads = jax.value_and_grad(lambda p: jnp.mean((model.apply({"params": p}, X) - TARGET) ** 2))(params)

@@ -1,4 +1,4 @@
-"""Visits of products: the order in which they come, and weights that are used in several ways."""
+"""Visits of products: their order, and weights used in several ways."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ KEY = jax.random.key(0)
 
 
 def count(product):
-    """How many samples each layer has seen."""
+    """Number of samples seen by each layer."""
     lead = [n for a, n in enumerate(product.w.shape) if a in product.outputs(product.y).batch]
     return jnp.ones(lead, jnp.int32), product.y
 
@@ -31,7 +31,7 @@ def test_found_is_a_pytree_and_adds():
 
 
 def test_a_stack_that_is_scanned_in_two_orders_counts_both():
-    """Stacks of 3 x 2 layers, the outer axis first, then the inner."""
+    """A stack of 3 x 2 layers, with the outer axis first, then with the inner axis first."""
     kernels, x = jax.random.normal(KEY, (3, 2, 4, 4)) / 2, jnp.ones((5, 4))
 
     def model(params, x):

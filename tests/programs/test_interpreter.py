@@ -1,4 +1,4 @@
-"""The interpreter, with clients that keep values or only what a value depends on, against the function itself."""
+"""The interpreter against the function itself, with clients that track values or only dependencies."""
 
 import functools
 from typing import ClassVar
@@ -42,7 +42,7 @@ def _taken(walk, eqn, ins):
 
 
 class Unrolled(Values):
-    """Computes the function step by step, with rules of its own for loops and branches."""
+    """Computes the function step by step, with custom rules for loops and branches."""
 
     rules: ClassVar = {"scan": _unrolled, "cond": _taken}
 
@@ -64,7 +64,7 @@ clipped.defvjp(lambda x: (clipped(x), None), lambda _, g: (g,))
 
 
 def everything(x, which):
-    """Calls of every kind, loops both ways, a choice, constants, literals, an argument and a literal passed through."""
+    """All kinds of calls, loops in both directions, a branch, constants, literals, pass-through outputs."""
     x = jax.jit(lambda a: softplus(a @ TABLE))(x)
     x = jax.checkpoint(lambda a: clipped(jnp.sin(a)) * 2)(x)
 
@@ -104,7 +104,7 @@ def test_it_may_be_traced_and_differentiated():
 
 
 class Sources(Interpreter):
-    """What a value depends on, by name; there are no values."""
+    """Tracks the names a value depends on, without values."""
 
     def constant(self, aval, value):
         return frozenset()

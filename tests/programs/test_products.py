@@ -1,4 +1,4 @@
-"""The axes of products, against NumPy: an einsum and a sum over the window that follow the description alone."""
+"""The axes of products, against an einsum and a window sum in NumPy built from the description alone."""
 
 import itertools
 import string
@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 
 
 def integers(*shape):
-    """Small integers, so that sums are exact in any order."""
+    """Small integers, whose sums are exact in any order."""
     return RNG.integers(-3, 4, shape).astype(np.float32)
 
 
@@ -84,7 +84,7 @@ CONVS = {
 
 
 def summed(conv, x, w):
-    """The convolution as a sum over the places of the window, by the description alone."""
+    """The convolution as a sum over window positions, from the description alone."""
     x = np.transpose(x, (conv.image.batch, conv.image.channels, *conv.image.space))
     w = np.transpose(w, (conv.kernel.output, conv.kernel.input, *conv.kernel.window))
     for axis, (low, high), dilation in zip((2, 3), conv.padding, conv.image_dilation, strict=False):

@@ -1,4 +1,4 @@
-"""Batch normalization: against float64 NumPy and PyTorch, and folded into the layer before."""
+"""Batch normalization: against float64 NumPy and PyTorch, and folded into the preceding layer."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_formula(dtype):
         np.testing.assert_allclose(mean, np.float64(x).mean(over), rtol=1e-6)
         np.testing.assert_allclose(var, np.float64(x).var(over), rtol=1e-5)
         assert (count == np.prod(x.shape[:-1])).all()
-    # To the last bit without jit, which may round a product and a sum together.
+    # Bit-identical without jit, which may fuse a product and a sum.
     mean, var, _ = jw.batch_stats(xs[0])
     np.testing.assert_array_equal(jw.batch_norm(xs[0], mean=mean, var=var), jw.batch_norm(xs[0]))
 
@@ -86,7 +86,7 @@ def test_where():
 @pytest.mark.parametrize("n_devices", [2, 4])
 def test_axis_name_is_one_big_batch(n_devices):
     x, where = np.float32(normal(8, 3) + 5), np.random.default_rng(2).random((8, 1)) < 0.5
-    where[:2], where[2:4] = True, False  # uneven counts, and one device of four with none
+    where[:2], where[2:4] = True, False  # uneven counts; one device of four has none
     split = lambda a: jnp.asarray(a).reshape(n_devices, -1, a.shape[-1])
     synced = jax.jit(jax.vmap(lambda x, w: jw.batch_norm(x, where=w, axis_name="d"), axis_name="d"))
     np.testing.assert_allclose(synced(split(x), split(where)).reshape(8, 3), oracle(x, where=where), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Batch renormalization: its formula in float64, and its gradient with r and d held constant."""
+"""Batch renormalization: the formula in float64, and the gradient with r and d held constant."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from x64 import enable_x64
 import jaxweights as jw
 
 rng = np.random.default_rng(0)
-X = rng.normal(size=(6, 5, 4)) * [0.1, 1, 1, 9] + [0, 1, 9, 0]  # r clipped below, nothing, d clipped, r clipped above
+X = rng.normal(size=(6, 5, 4)) * [0.1, 1, 1, 9] + [0, 1, 9, 0]  # r clipped below, none, d clipped, r clipped above
 SCALE, BIAS, MEAN, VAR = rng.normal(size=4), rng.normal(size=4), 0.1 * rng.normal(size=4), rng.uniform(0.5, 1.5, 4)
 R_MAX, D_MAX, EPS = 3.0, 5.0, 1e-5
 
@@ -36,7 +36,7 @@ def test_formula(masked):
 
 
 def test_gradient_with_the_corrections_held():
-    """Finite differences of the formula with r and d fixed at their values, since no gradient flows through them."""
+    """Compares with finite differences at fixed r and d, since no gradient flows through them."""
     _, _, r, d = corrections(X)
 
     def held(x, scale, bias):

@@ -1,4 +1,4 @@
-"""Statistics with counts: merged however the batch is split, and averaged as Flax and torch average them."""
+"""Statistics with counts: merged for any split of the batch, and averaged as in Flax and torch."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def masked_batch(seed, n, kept):
 
 
 def oracle(x, where):
-    """float64 statistics of the entries that count, 0 where there are none."""
+    """float64 statistics of the unmasked entries, 0 if there are none."""
     x = np.float64(x)[where[:, 0]]
     if not len(x):
         return np.zeros(FEATURES), np.zeros(FEATURES), np.zeros(FEATURES)
@@ -50,7 +50,7 @@ def test_merged_parts_are_one_big_batch_whatever_the_split_and_the_order(seed, c
     parts = data.draw(st.permutations(parts))
     with enable_x64(True):
         stats = [tuple(jnp.asarray(s) for s in oracle(*part)) for part in parts]
-        while len(stats) > 1:  # any bracketing
+        while len(stats) > 1:  # any merge order
             i = data.draw(st.integers(0, len(stats) - 2))
             stats[i : i + 2] = [jw.merge_stats(stats[i], stats[i + 1])]
         check(stats[0], oracle(x, where), 1e-12)
@@ -86,7 +86,7 @@ def test_devices_are_one_big_batch(level, kind, kept):
     if level == "vmap" and kind == "Explicit":
         pytest.skip("vmap needs no mesh")
     x, where = masked_batch(0, 32, kept)
-    where[:4] = kept > 0  # one device of eight with all
+    where[:4] = kept > 0  # one device of eight with all rows
     where[4:8] = False  # and one with none
     x = np.float32(x)
     a, w = jnp.asarray(x), jnp.asarray(where)
@@ -211,7 +211,7 @@ def test_the_convention_of_torch(level, momentum):
 
 
 def test_one_entry_moves_the_mean_alone_in_torchs_convention():
-    """torch refuses it: a single entry has no unbiased variance."""
+    """torch raises: a single entry has no unbiased variance."""
     old = (jnp.array([1.0]), jnp.array([3.0]))
     mean, var = jw.running_stats(old, jw.batch_stats(jnp.array([[2.0]])), 0.5, convention="torch")
     assert mean == 1.5 and var == 3

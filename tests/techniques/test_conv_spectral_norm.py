@@ -1,4 +1,4 @@
-"""The spectral norm of a convolution, against the dense matrix of the layer as Flax computes it."""
+"""The spectral norm of a convolution, against the dense matrix of the Flax layer."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ def normal(*shape, seed=0):
 
 @functools.partial(jax.jit, static_argnums=range(1, 6))
 def outputs(kernel, input_shape, strides, padding, dilation, groups):
-    """The layer's outputs for all images that are 1 at one place and 0 elsewhere."""
+    """The layer's outputs for all one-hot images."""
     n_out, window, n = kernel.shape[-1], kernel.shape[:-2], math.prod(input_shape)
     options = {"kernel_dilation": dilation, "feature_group_count": groups, "use_bias": False}
     layer = nn.Conv(n_out, window, strides, padding, **options, param_dtype=kernel.dtype)
@@ -30,7 +30,7 @@ def outputs(kernel, input_shape, strides, padding, dilation, groups):
 
 
 def matrix(kernel, input_shape, *, strides=1, padding="SAME", dilation=1, groups=1):
-    """By Flax in float64."""
+    """The matrix of the layer, from Flax in float64."""
     padding = tuple(padding) if isinstance(padding, list) else padding
     with enable_x64(True):
         return np.asarray(outputs(np.float64(kernel), input_shape, strides, padding, dilation, groups))
@@ -46,7 +46,7 @@ SPACE = {1: (8,), 2: (6, 4), 3: (4, 3, 3)}
 WINDOW = {1: (3,), 2: (3, 2), 3: (2, 1, 2)}
 PADS = ((2, 1), (0, 3), (1, -1))
 PADDINGS = ("SAME", "VALID", "CIRCULAR", "pads")
-# Each two of (axes, padding, strides, dilation, groups) occur together in every way.
+# Covers all pairs of values of (axes, padding, strides, dilation, groups).
 GRID = [
     (1 + i % 3, PADDINGS[j], *((1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1))[(i + j) % 4])
     for i in range(3)
@@ -72,7 +72,7 @@ def test_the_operator_is_the_layer(n, padding, strides, dilation, groups):
 
 EXACT = [
     ((3, 2, 4), (7, 2), {}),
-    ((5, 2, 3), (3, 2), {}),  # the window goes around the image
+    ((5, 2, 3), (3, 2), {}),  # the window wraps around the image
     ((4, 3, 4), (9, 3), {"strides": 3, "dilation": 2}),
     ((3, 3, 4, 2), (5, 6, 4), {"dilation": (2, 1)}),
     ((3, 3, 2, 6), (6, 8, 4), {"strides": (1, 2), "groups": 2, "dilation": (2, 1)}),
@@ -126,7 +126,7 @@ def test_gradient_and_vmap_with_zero_huge_and_nan_kernels(options):
     exact = lambda step: sigma(kernel + step * direction, IMAGE, **options)
     np.testing.assert_allclose(found, exact(0) * np.array([1, 0, 1e30, 1e-30, np.nan]), rtol=1e-5)
     assert jnp.isfinite(gradients[:4]).all()
-    # The size of a kernel does not change the gradient.
+    # The gradient does not depend on the scale of the kernel.
     slope = (exact(1e-5) - exact(-1e-5)) / 2e-5
     np.testing.assert_allclose(np.sum(np.float64(gradients[:4:2]) * direction, (1, 2, 3, 4)), slope, rtol=1e-3)
 
@@ -182,7 +182,7 @@ def test_transform_makes_the_layer_of_norm_1(kernel_shape, input_shape, options)
     total = lambda w: np.sum(np.sin(w / sigma(w, input_shape, **options)))
     slope = (total(w + h * direction) - total(w - h * direction)) / (2 * h)
     np.testing.assert_allclose(np.sum(np.float64(gradient) * direction), slope, rtol=1e-2)
-    # A zero kernel is kept, and the search goes on when it is no longer zero.
+    # A zero kernel is kept, and the search resumes once it is nonzero.
     new, _, state = run(0 * w, start)
     assert not new.any()
     new, _, _ = run(w, state)
@@ -202,7 +202,7 @@ def test_target_and_soft():
     @jax.jit
     def run(w):
         start = t.init(w, jax.random.key(0))
-        state = jax.lax.fori_loop(0, 2, lambda _, state: t.update(w, state), start)  # of steps 0 and 1
+        state = jax.lax.fori_loop(0, 2, lambda _, state: t.update(w, state), start)  # steps 0 and 1
         return t.apply(w, state), dataclasses.replace(t, soft=True).apply(w, state)
 
     for size in (10, 0.01):

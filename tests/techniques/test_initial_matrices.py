@@ -1,4 +1,4 @@
-"""Orthogonal, delta-orthogonal, identity, Dirac and sparse initializers: what each promises of its matrices."""
+"""Orthogonal, delta-orthogonal, identity, Dirac and sparse initializers: the properties of their matrices."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ READINGS = [
 
 
 def drawn(f, cases):
-    """f(shape, axes) of each case, by one program."""
+    """f(shape, axes) of each case, in one program."""
     return jax.jit(lambda: [f(shape, axes) for shape, axes, *_ in cases])()
 
 
@@ -43,13 +43,13 @@ def test_orthogonal():
         goal = np.broadcast_to(np.eye(gram.shape[-1]), gram.shape)
         np.testing.assert_allclose(gram, goal, atol=1e-5, err_msg=f"{shape}")
         if m.ndim == 3:
-            assert np.abs(m[0] - m[1]).max() > 0.1, shape  # each is drawn for itself
+            assert np.abs(m[0] - m[1]).max() > 0.1, shape  # drawn independently
 
 
 def test_orthogonal_is_uniform():
-    """Of Haar's measure: the moments of an entry and of the trace, and as many rotations as reflections.
+    """Matches the Haar measure: moments of an entry and of the trace, and equal numbers of rotations and reflections.
 
-    QR alone, without the signs of R's diagonal, has reflections only and a mean trace of −0.8.
+    QR alone, without the signs of R's diagonal, gives only reflections and a mean trace of −0.8.
     """
     n, count = 4, 62500
     q = np.float64(jax.jit(lambda key: init.orthogonal(key, (count, n, n), axes=STACK))(KEY))
@@ -67,7 +67,7 @@ def test_orthogonal_is_uniform():
 
 
 def convolve(w, x, groups, padding):
-    """The convolution with zeros around the image, "SAME", or the image itself, "CIRCULAR"."""
+    """Convolution with zero padding, "SAME", or periodic padding, "CIRCULAR"."""
     spatial = "XYZ"[: w.ndim - 2]
     if padding == "CIRCULAR":
         pads = [(0, 0), *(((k - 1) // 2, k // 2) for k in w.shape[:-2]), (0, 0)]
@@ -79,7 +79,7 @@ def convolve(w, x, groups, padding):
 
 
 def convolved(f, cases, paddings):
-    """Random images, and those by each padding after a convolution with the kernel f(shape, axes), by one program."""
+    """Random images, and their convolutions with the kernel f(shape, axes) for each padding, in one program."""
 
     def run(shape, groups):
         x = jax.random.normal(KEY, (3, *(6,) * (len(shape) - 2), shape[-2] * groups))
@@ -136,7 +136,7 @@ def test_sparse_draws_the_places_and_the_values():
     n_in, n_out, sparsity, std = 20, 50_000, 0.75, 0.5
     w = np.float64(jax.jit(lambda key: init.sparse(key, (n_in, n_out), sparsity=sparsity, std=std))(KEY))
     zero = w == 0
-    # Each place is 0 with probability 3/4, and two are with probability 15·14/(20·19).
+    # An entry is 0 with probability 3/4, and two are with probability 15·14/(20·19).
     for i in range(n_in):
         assert abs(zero[i].mean() - 0.75) < 6 * math.sqrt(0.75 * 0.25 / n_out)
     both = 15 * 14 / (20 * 19)

@@ -29,25 +29,25 @@ def normal(k):
 
 
 def uniform(low, high):
-    """k -> E[zᵏ] of a variable that is uniform on [low, high]."""
+    """k -> E[zᵏ] of a uniform variable on [low, high]."""
     return lambda k: (high ** (k + 1) - low ** (k + 1)) / ((k + 1) * (high - low))
 
 
 def cut(low, high):
-    """k -> E[zᵏ] of a standard normal variable cut at low and high, by parts."""
+    """k -> E[zᵏ] of a standard normal variable truncated to [low, high], by integration by parts."""
     density = lambda x: math.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
     mass = (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
 
     def moment(k):
         if k < 1:
-            return 1 + k  # E[z⁰] = 1, and the term of E[z⁻¹] is 0
+            return 1 + k  # E[z⁰] = 1, and the E[z⁻¹] term is 0
         return (k - 1) * moment(k - 2) - (high ** (k - 1) * density(high) - low ** (k - 1) * density(low)) / mass
 
     return moment
 
 
 UNIT = uniform(-math.sqrt(3), math.sqrt(3))
-CUT = 0.87962566103423978  # standard deviation of a normal distribution cut at ±2
+CUT = 0.87962566103423978  # standard deviation of a normal distribution truncated at ±2
 # name: (initializer, mean, std, E[zᵏ] of z = (w − mean)/std, bounds of z)
 DRAWS = {
     "normal": (functools.partial(init.normal, mean=0.5, std=2.0), 0.5, 2.0, normal, None),
@@ -105,7 +105,7 @@ def draw(initializer, shape=SHAPE, **options):
 
 
 def check_moments(z, moment):
-    """Mean, variance, skewness and kurtosis within six standard errors; `moment(k)` is E[zᵏ]."""
+    """Checks mean, variance, skewness and kurtosis within six standard errors; `moment(k)` is E[zᵏ]."""
     power = 1
     for k in range(1, 5):
         power = power * z
@@ -119,7 +119,7 @@ def test_moments_and_limits_of_many_draws(name):
     z = (draw(initializer) - mean) / std
     check_moments(z, moment)
     if bounds is None:
-        assert np.abs(z).max() > 4  # no tail is cut
+        assert np.abs(z).max() > 4  # tails are not truncated
         return
     low, high = bounds if isinstance(bounds, tuple) else (-bounds, bounds)
     slack = 1e-3 * (high - low)
@@ -172,7 +172,7 @@ ONE_OF_EACH = {
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_half_precision_rounds_the_float32_draw(name):
-    """Without jit, which may compute a product and a sum with one rounding."""
+    """Runs without jit, which may fuse a product and a sum into one rounding."""
     with jax.numpy_dtype_promotion("strict"):
         draws = [ONE_OF_EACH[name](jax.random.key(0), (20, 30), t) for t in (jnp.float32, jnp.bfloat16, jnp.float16)]
     assert [w.dtype for w in draws] == [jnp.float32, jnp.bfloat16, jnp.float16]

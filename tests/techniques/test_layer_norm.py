@@ -19,7 +19,7 @@ def standardized(x, over, eps=1e-6):
     return (x - x.mean(over, keepdims=True)) / np.sqrt(x.var(over, keepdims=True) + eps)
 
 
-LAYERS = [  # shape, axis, shape of the features, and their shape beside the samples
+LAYERS = [  # shape, axis, feature shape, and feature shape that broadcasts over samples
     ((6,), -1, (6,), (6,)),
     ((4, 6), -1, (6,), (6,)),
     ((4, 5, 6), 1, (5,), (5, 1)),
@@ -71,7 +71,7 @@ def test_instance_norm(shape):
 
 
 def vjp(f, cotangent, *args):
-    """The value of `f` and the gradients of its arguments, compiled as one."""
+    """Value and gradients of `f`, compiled together."""
 
     @jax.jit
     def run(cotangent, *args):

@@ -21,7 +21,7 @@ def rounded(x):
 
 
 def lowest(scores, zeros):
-    """False at the `zeros` lowest scores of a flat array, ties by index."""
+    """Mask that is False at the `zeros` lowest scores of a flat array, ties by index."""
     mask = np.ones(len(scores), bool)
     mask[np.argsort(scores, kind="stable")[:zeros]] = False
     return mask
@@ -43,7 +43,7 @@ def test_scores_of_any_sign():
 def test_what_lies_outside_goes_first_and_counts():
     scores, within = np.float32([0, -np.inf, 5, 2, 3, 1]), np.array([True, True, False, True, False, True])
     masks = jax.jit(lambda: [jw.pruning.keep_largest(scores, zeros / 6, within=within) for zeros in range(7)])()
-    order = [1, 2, 4, 0, 5, 3]  # entry 1, -inf, ties with 2 and 4, which are outside
+    order = [1, 2, 4, 0, 5, 3]  # entry 1 is -inf and ties with 2 and 4, which are outside
     for zeros, mask in enumerate(masks):
         assert set(np.flatnonzero(~np.asarray(mask))) == set(order[:zeros])
 
@@ -158,7 +158,7 @@ def test_global_units():
 
 
 def erdos_renyi(sizes, dims, keep):
-    """The densities by the published rule: those above 1 are set to 1 until there are none."""
+    """Densities by the published rule: clip densities above 1 until none remain."""
     dense = set()
     while True:
         rest = [i for i in range(len(sizes)) if i not in dense]
@@ -189,7 +189,7 @@ def test_erdos_renyi_densities_and_exact_total(traced):
 
 
 def test_a_thousand_layers_compile_as_one():
-    """The number of operations does not grow with the number of layers that one stack holds."""
+    """The number of operations does not grow with the number of stacked layers."""
 
     def n_lines(n_layers):
         scores = {"stack": jax.ShapeDtypeStruct((n_layers, 8, 8), jnp.float32)}
@@ -216,7 +216,7 @@ def test_packing(shape):
     )
 
 
-FORMAT_1 = {  # shape: (the packed axis, the bytes)
+FORMAT_1 = {  # shape: (packed axis, bytes)
     (11,): (0, [205, 3]),
     (8, 9): (0, [[1, 2, 4, 8, 16, 32, 64, 128, 0]]),  # not the last axis, although it is longer
     (16, 3): (0, [[1, 2, 4], [8, 16, 255]]),
@@ -231,7 +231,7 @@ FORMAT_1 = {  # shape: (the packed axis, the bytes)
     (2, 1, 8, 3): (2, [[[[1, 2, 3]]], [[[4, 5, 254]]]]),  # convolution
     (1, 2, 3, 10): (3, [[[[1, 2], [3, 1], [5, 0]], [[7, 3], [9, 2], [255, 3]]]]),
 }
-"""The layout that `pack_mask` documents, written down. A change of it makes old checkpoints unreadable."""
+"""The layout documented by `pack_mask`. Changing it makes old checkpoints unreadable."""
 
 
 @pytest.mark.parametrize("shape", FORMAT_1, ids=str)

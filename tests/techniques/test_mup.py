@@ -1,4 +1,4 @@
-"""muP's scales of a weight: the paper's Table 3, and the exponents that it stands for."""
+"""muP scales of a weight: exponents of the paper's Table 3."""
 
 import math
 
@@ -9,8 +9,8 @@ from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, Axes
 
 mup = jw.initializers.mup
 VECTOR = Axes(input=(), output=0)
-# What the shape is at a width, its axes, and the exponents in the width of (init, Adam, SGD) by Table 3, relative to an
-# initialization with variance 1/n_in: 1/fan_in² for the output is another 1/fan_in.
+# name: (width -> shape, axes, width exponents of (init, Adam, SGD)) by Table 3, relative to an initialization with
+# variance 1/n_in: the output's variance of 1/fan_in² is an extra factor of 1/fan_in.
 ROLES = {
     "input": (lambda n: (30, n), None, (0, 0, 1)),
     "convolution of an image": (lambda n: (3, 3, 1, n), None, (0, 0, 1)),
@@ -38,7 +38,7 @@ def test_exponents(name, width):
 
 
 def test_the_update_of_a_hidden_layer_between_widths_that_grow_apart():
-    """A gradient is of rank 1 and size 1/n_out an entry: r_out/r_in keeps what a step does to the output."""
+    """Gradients have rank 1 and entries of size 1/n_out, so r_out/r_in preserves the effect of a step on the output."""
     scales = mup((400, 900), (100, 100))
     assert (scales.adam, scales.sgd) == (1 / 4, 9 / 4)
 

@@ -1,4 +1,4 @@
-"""One-shot pruning against float64: the published algorithms, least squares, and a loop over matrices."""
+"""One-shot pruning against float64 references: the published algorithms, least squares, a loop over matrices."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ def normal(*shape, seed=0):
 
 @functools.cache
 def problem(rows=256, columns=128, n=1024, seed=6):
-    """(w, x): correlated inputs of very different norms; pruning by magnitude has error .07 at 50% and .13 at 2:4."""
+    """(w, x) with correlated inputs of very different norms. Magnitude pruning has error .07 at 50% and .13 at 2:4."""
     rng = np.random.default_rng(seed)
     i = np.arange(rows)
     w = rng.normal(size=(rows, columns))
@@ -39,7 +39,7 @@ def error(w, new, x):
 
 
 def smallest(scores, k):
-    """True at the k smallest, ties by flat index."""
+    """Mask that is True at the k smallest, ties by flat index."""
     mask = np.zeros(scores.size, bool)
     mask[np.argsort(scores.ravel(), kind="stable")[:k]] = True
     return mask.reshape(scores.shape)
@@ -50,7 +50,7 @@ def half_up(x):
 
 
 def wanda(w, norm, sparsity):
-    """The recipe in NumPy: per output unit, or per group of m."""
+    """The published recipe in NumPy: per output unit, or per group of m."""
     scores, mask = np.abs(w) * norm[:, None], np.ones(w.shape, bool)
     size, k = (len(w), half_up(sparsity * len(w))) if not isinstance(sparsity, tuple) else (sparsity[1], None)
     k = sparsity[1] - sparsity[0] if k is None else k
@@ -87,7 +87,7 @@ def recipe(w, h, sparsity, block=128):
 
 
 def least_squares(w, mask, x):
-    """By the normal equations, with a ridge that is too small to matter but for dependent inputs."""
+    """Solves the normal equations, with a ridge that matters only for dependent inputs."""
     h, new = moment(x), np.zeros_like(w)
     h += 1e-12 * np.trace(h) / len(h) * np.eye(len(h))
     for j, kept in enumerate(mask.T):
@@ -99,7 +99,7 @@ sparsegpt = jax.jit(jw.sparsegpt, static_argnames=("sparsity", "axes", "block"))
 reconstruct = jax.jit(jw.reconstruct, static_argnames="axes")
 
 
-# The figures of the reference implementations
+# Values of the reference implementations
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ reconstruct = jax.jit(jw.reconstruct, static_argnames="axes")
 def test_no_worse_than_the_peers(sparsity, magnitude, of_wanda, of_sparsegpt, best, optimizing):
     w, x = problem()
 
-    @functools.partial(jax.jit, compiler_options=optimizing)  # in slow code, the solvers take longer than to compile
+    @functools.partial(jax.jit, compiler_options=optimizing)  # fast compilation would make the solvers too slow
     def run(w, h, norm):
         mask, (new, sparsegpt_mask) = jw.wanda_mask(w, norm, sparsity), jw.sparsegpt(w, h, sparsity)
         return new, [(m, jw.reconstruct(w, m, h)) for m in (mask, sparsegpt_mask)]
@@ -166,8 +166,8 @@ def test_sparsegpt_is_the_recipe(rows, columns, sparsity, block):
     w, x = problem(rows, columns, 300, 0)
     h = moment(x)
     h[3], h[:, 3] = 0, 0  # an input that never occurs
-    h *= (rows - 1) / np.trace(h)  # the recipe has 1 for it, whatever the others are; we have their mean
-    # The recipe chooses in blocks; ours are as long, but for whole groups.
+    h *= (rows - 1) / np.trace(h)  # makes our substitute, the mean diagonal, equal the recipe's 1
+    # Our blocks match the recipe's, except that for n:m they hold whole groups.
     span = block if not isinstance(sparsity, tuple) else rows
     expected, kept = recipe(w, h, sparsity, span)
     new, mask = sparsegpt(jnp.float32(w), jnp.float32(h), sparsity, block=block)
@@ -220,7 +220,7 @@ def test_reconstruction_with_a_mask_that_keeps_all_or_nothing():
 
 @pytest.mark.parametrize("noise", [1e-3, 0.0])
 def test_reconstruction_where_inputs_are_linearly_dependent(noise):
-    """64 inputs from 20 factors, of which each unit keeps half: the outputs can be restored almost or exactly."""
+    """64 inputs from 20 factors; each unit keeps half of the inputs, enough to restore its output."""
     w, x = normal(64, 8), normal(500, 20) @ normal(20, 64, seed=1) + noise * normal(500, 64, seed=2)
     mask = normal(64, 8, seed=3) > 0
     new = reconstruct(jnp.float32(w), mask, jnp.float32(moment(x)))
@@ -230,7 +230,7 @@ def test_reconstruction_where_inputs_are_linearly_dependent(noise):
 
 # Layouts, values, devices
 
-LAYOUTS = {  # of few matrices, which are compiled once
+LAYOUTS = {  # few matrices, compiled once
     "attention in": ((16, 2, 3), jw.axes.ATTENTION_IN, (2, 4)),
     "attention out": ((2, 8, 6), jw.axes.ATTENTION_OUT, 0.5),
     "conv": ((2, 2, 4, 6), None, (2, 4)),

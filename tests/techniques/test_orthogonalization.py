@@ -11,7 +11,7 @@ from x64 import enable_x64
 import jaxweights as jw
 from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, CONV, CONV_TRANSPOSE_KERNEL, DENSE, Axes, depthwise
 
-# (shape, axes, the matrices as NumPy reads them, batch first)
+# (shape, axes, w -> matrices in NumPy, batch first)
 READINGS = [
     ((), None, lambda w: w.reshape(1, 1)),
     ((5,), None, lambda w: w[:, None]),
@@ -39,7 +39,7 @@ def polar(matrices):
 
 
 def of_condition(kappa, m=48, n=32):
-    """A matrix with singular values evenly spaced in their logarithm from 1 to 1/kappa."""
+    """A matrix with log-spaced singular values from 1 to 1/kappa."""
     u, v = np.linalg.qr(normal(m, n))[0], np.linalg.qr(normal(n, n, seed=1))[0]
     return u * np.logspace(0, -np.log10(kappa), n) @ v.T
 
@@ -65,7 +65,7 @@ def test_rows_or_columns_are_orthonormal_and_as_near_the_svd_as_the_condition_le
 
 
 def test_large_gaussian():
-    w = np.float32(normal(256, 256))  # of condition 1e3 or so
+    w = np.float32(normal(256, 256))  # condition number about 1e3
     np.testing.assert_allclose(orthogonalize(w), polar(w), atol=2e-5)
 
 
@@ -138,7 +138,7 @@ def test_huge_and_tiny_weights(dtype, size):
     w = jnp.asarray(np.float64([[0, 2], [-3, 0], [0, 0]]) * size, dtype)
     out, gradient = orthogonalize_and_pull(w, jnp.zeros_like(w).at[2].set(1))
     np.testing.assert_allclose(np.float64(out), [[0, 1], [-1, 0], [0, 0]], atol=1e-6)
-    # Where out = U Vᵀ: a change of the third row by d changes it by d P⁻¹, P = diag(3, 2).
+    # At out = U Vᵀ, changing the third row by d changes the output by d P⁻¹, with P = diag(3, 2).
     np.testing.assert_allclose(np.float64(gradient)[2] * size, [1 / 3, 1 / 2], rtol=0.02)
 
 

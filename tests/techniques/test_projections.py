@@ -22,7 +22,7 @@ READINGS = [
     ((2, 3, 4), ATTENTION_OUT, (0, 1)),
     ((6, 4, 3), DENSE.stacked(), (1,)),
 ]
-# Of few lengths, each of which is compiled once.
+# Few lengths, since each is compiled once.
 vectors = st.sampled_from([1, 2, 3, 7, 12]).flatmap(
     lambda n: st.lists(st.floats(-1e6, 1e6, width=32), min_size=n, max_size=n).map(np.float32)
 )
@@ -33,7 +33,7 @@ def normal(*shape, seed=0):
 
 
 def per_unit(f, w, over):
-    """f of the vector of each output unit, in float64, by a loop."""
+    """Applies f to the vector of each output unit in float64, in a loop."""
     w = np.float64(w)
     if not over:
         return np.vectorize(lambda x: f(np.array([x]))[0])(w)
@@ -45,7 +45,7 @@ def per_unit(f, w, over):
 
 
 def simplex(v, total):
-    """Duchi et al. 2008, figure 1: by a sort. Shifted first, which float64 needs too for a small total."""
+    """Duchi et al. 2008, figure 1, by sorting. The shift is needed for small totals, even in float64."""
     v = v - v.max()
     u = np.sort(v)[::-1]
     gaps = u - (np.cumsum(u) - total) / np.arange(1, len(v) + 1)
@@ -156,7 +156,7 @@ def test_bound_sum_at_the_edges():
     np.testing.assert_array_equal(out[:, :2], w[:, :2])
     assert jnp.isnan(out[0, 2]) and jnp.isnan(out[:, 3]).any()
     np.testing.assert_array_equal(out[:, 4], [1.5, -0.5])
-    np.testing.assert_array_equal(jw.projections.bound_sum(w[:, 3], 0.0), w[:, 3])  # the infinite sum is in range
+    np.testing.assert_array_equal(jw.projections.bound_sum(w[:, 3], 0.0), w[:, 3])  # an infinite sum is in range
     np.testing.assert_array_equal(jw.projections.bound_sum(w[:, 4], 9.0, normal=jnp.zeros(2)), w[:, 4])
     with enable_x64(True):
         w, low, high = jnp.asarray(normal(4, 30)), jnp.array(-1.0), jnp.array(1.0)
@@ -222,7 +222,7 @@ def test_no_feasible_point_is_nearer():
 @pytest.mark.parametrize(
     "vector",
     [
-        lambda n: 2.0 ** -np.arange(n),  # as slow as it gets: each step tells few entries apart
+        lambda n: 2.0 ** -np.arange(n),  # worst case: each step separates few entries
         lambda n: 2.0 ** np.arange(n).clip(0, 99),
         lambda n: 1e30 + np.zeros(n),
         lambda n: np.linspace(-1e30, 1e30, n),

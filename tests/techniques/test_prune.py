@@ -1,4 +1,4 @@
-"""Prune on trees: scores, distributions and schedules, against NumPy on the same weights."""
+"""Prune on trees: scores, distributions and schedules, against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def masks_of(state):
 
 
 def lowest(values, zeros, among=None):
-    """False at so many lowest of several arrays together, ties in order; those not `among` come first."""
+    """Masks, False at the lowest `zeros` of all arrays jointly, ties in order; entries not `among` come first."""
     flat = np.concatenate([np.float64(v).ravel() for v in values])
     if among is not None:
         flat = np.where(np.concatenate([m.ravel() for m in among]), flat, -np.inf)
@@ -55,7 +55,7 @@ def test_global_pruning_of_a_tree_is_one_argsort():
 
 
 def test_each_rule_has_a_pool_of_its_own():
-    """The same spec under two names prunes each by itself, and one weight alone is pruned as without a distribution."""
+    """The same spec under two rules prunes each separately. With a single weight, the distribution has no effect."""
     rules = {f"{p}": jw.Prune(0.5, distribution=jw.pruning.Global()) for p in PATHS}
     state = jax.jit(jw.on_tree(rules).init)(PARAMS, KEY)
     equal(masks_of(state), [lowest([np.abs(w)], w.size // 2)[0] for w in FLAT])
@@ -104,7 +104,7 @@ ramp = lambda step: jnp.minimum(0.25 * step, 0.75)
 
 @pytest.mark.parametrize("distribution", [None, jw.pruning.Global()], ids=str)
 def test_a_schedule_prunes_within_what_is_kept(distribution):
-    """As ever new weights come in, the pruned stay pruned, and the counts are those of the schedule."""
+    """With new weights at every step, pruned entries stay pruned and counts follow the schedule."""
     lifted = jw.on_tree(jw.Prune(ramp, distribution=distribution))
     update = jax.jit(lifted.update)
     state, kept = jax.jit(lifted.init)(PARAMS, KEY), [np.ones(w.shape, bool) for w in FLAT]
@@ -133,7 +133,7 @@ def test_where_the_sparsity_falls_all_weights_compete_again():
 
 
 def test_a_mask_is_not_made_anew_while_the_sparsity_stays():
-    """The work is in a loop, which vmap leaves a loop: it runs if one of the batch needs it."""
+    """The work is in a while loop, which stays one under vmap and runs only if a batch entry needs it."""
     t = jw.Prune(optax.linear_schedule(0.0, 0.5, 1))
     ws = jnp.stack([FLAT[1], FLAT[1][::-1]])
     states = jax.jit(jax.vmap(lambda w: t.init(w, KEY)))(ws)
@@ -143,7 +143,7 @@ def test_a_mask_is_not_made_anew_while_the_sparsity_stays():
 
 @pytest.mark.parametrize("sparsity", [0.5, (2, 4)])
 def test_straight_through(sparsity):
-    """The gradient passes to pruned weights as well, and each update prunes those that are smallest by then."""
+    """The gradient reaches pruned weights, and each update prunes the currently smallest weights."""
     t = jw.Prune(sparsity, straight_through=True)
     w = jnp.float32(NORMAL(size=(8, 6)))
     state = jax.jit(t.init)(w, KEY)
@@ -165,7 +165,7 @@ def test_a_chain_with_a_distribution_is_its_members_one_after_the_other():
 
 
 def test_distributions_read_attention_and_stacks_as_such():
-    """(layers, in, out) beside a bias of (layers, out) is a stack: each layer of it has a density of its own."""
+    """(layers, in, out) with a bias of (layers, out) is a stack, and each of its layers has its own density."""
     params = {"stack": {"kernel": jnp.float32(NORMAL(size=(3, 16, 8))), "bias": jnp.zeros((3, 8))}}
     state = jax.jit(jw.on_tree(jw.Prune(0.5, distribution=jw.pruning.ErdosRenyi())).init)(params, KEY)
     mask = unpack_mask(state.fixed["stack/kernel"]["mask"], (3, 16, 8))

@@ -30,7 +30,7 @@ def normal(*shape, seed=0):
 
 
 def min_max(w, bits, over=None):
-    """The formula, and how far each weight is from the nearest tie of the rounding, in steps."""
+    """Returns the formula's result, and the distance of each weight from the nearest rounding tie in steps."""
     low, high = w.min(over, keepdims=True), w.max(over, keepdims=True)
     levels = 2**bits - 1
     position = (w - low) / (high - low) * levels
@@ -152,7 +152,7 @@ def test_quantize(bits, dtype):
         position = exact / scale
         sure = np.abs(position - np.floor(position) - 0.5) > 1e-4
         np.testing.assert_array_equal(np.asarray(q.codes)[sure], np.round(position)[sure], err_msg=f"{shape}")
-        # |w − codes·s| <= s/2, with the stored scale
+        # |w − codes·s| <= s/2 for the stored scale
         stored = np.float64(q.scale)
         assert (np.abs(exact - np.float64(q.codes) * stored) <= stored / 2 * (1 + 1e-5)).all(), shape
         assert back.dtype == dtype
@@ -166,7 +166,7 @@ def test_quantize_float64_keeps_its_bound_with_a_float32_scale():
         q, back = jax.jit(lambda w: (q := jw.quantize(w, 8), jw.dequantize(q)))(w)
         scale = np.float64(q.scale)
         assert q.scale.dtype == jnp.float32 and back.dtype == jnp.float64
-        largest = np.abs(w) > 127 * scale  # the float32 scale may have been rounded down
+        largest = np.abs(w) > 127 * scale  # beyond the range if the float32 scale was rounded down
         assert (np.abs(w - np.float64(q.codes) * scale) <= scale / 2 * (1 + 1e-12)).all() and largest.sum() <= 4
         product = np.float64(q.codes) * scale
         np.testing.assert_allclose(back, product, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Sparsification by threshold and by rank, against NumPy's comparison and stable argsort."""
+"""Sparsification by threshold and by rank, against NumPy comparisons and stable argsort."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def normal(*shape, seed=0):
 
 
 def argsort_rule(w, zeros):
-    """False at the smallest magnitudes, ties by flat index, NaN last."""
+    """Mask that is False at the smallest magnitudes, ties by flat index, NaN last."""
     order = np.argsort(np.abs(np.float64(w)).ravel(), kind="stable")
     mask = np.ones(np.size(w), bool)
     mask[order[:zeros]] = False
@@ -41,7 +41,7 @@ def test_sparsify_edges():
     w = jnp.array([0.5, -0.5, 0.49999997, jnp.nan, jnp.inf, -jnp.inf, 0.0])
     np.testing.assert_array_equal(jw.sparsify(w, 0.5), [0.5, -0.5, 0, 0, np.inf, -np.inf, 0])
     np.testing.assert_array_equal(jw.sparsify(jnp.float16([6e4]), 1e6), [0])
-    # A threshold that the dtype does not hold is rounded to it, and met by the weight it is rounded to.
+    # A threshold is rounded to the dtype, so the weight it rounds to meets it.
     tenth = jnp.asarray([0.1], jnp.bfloat16)
     np.testing.assert_array_equal(jw.sparsify(tenth, 0.1), tenth)
 

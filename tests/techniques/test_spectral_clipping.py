@@ -11,7 +11,7 @@ from x64 import enable_x64
 import jaxweights as jw
 from jaxweights.core.axes import ATTENTION_IN, CONV, DENSE, depthwise
 
-# (shape, axes, the matrices as NumPy reads them, batch first)
+# (shape, axes, w -> matrices in NumPy, batch first)
 READINGS = [
     ((5,), None, lambda w: w[:, None]),
     ((40, 7), None, lambda w: w),
@@ -87,7 +87,7 @@ def test_large_gaussian(optimizing):
 
 
 def test_weights_within_the_limit_are_kept_bit_for_bit(optimizing):
-    """In optimized code. The quick compiler computes w/scale twice, each time with another rounding."""
+    """Uses optimized code: fast compilation computes w/scale twice with different rounding."""
     clip = jax.jit(jw.projections.clip_singular_values, static_argnames="axes", compiler_options=optimizing)
     stack = np.stack([of_singular_values(SPECTRA[n]) for n in ("one above", "close to the limit", "equal")])
     out = np.asarray(clip(stack, 0.6 * (1 + 1e-6), axes=DENSE.stacked()))
@@ -163,7 +163,7 @@ def test_huge_and_tiny_weights(dtype, size):
     out, gradient = clip_and_pull(jnp.asarray(unit * size, dtype), 3 * size)
     tolerance = 2 * float(jnp.finfo(dtype).eps) + 1e-6
     np.testing.assert_allclose(np.float64(out) / size, [[0, 2], [-3, 0], [0, 0]], atol=4 * tolerance)
-    # The clipped value has no gradient, that below the limit has it whole, and the third row, turning the first
-    # singular vector, 3/4 of it.
+    # The clipped value has zero gradient, the value below the limit the full gradient, and the third row, which
+    # rotates the first singular vector, 3/4 of it.
     gradient = np.float64(gradient)
     np.testing.assert_allclose(gradient[[0, 1, 2, 2], [1, 0, 0, 1]], [1, 0, 3 / 4, 1], atol=0.02)

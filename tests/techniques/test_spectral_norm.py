@@ -15,7 +15,7 @@ import jaxweights as jw
 from jaxweights.core.axes import ATTENTION_IN, ATTENTION_OUT, CONV, CONV_TRANSPOSE_KERNEL, DENSE, Axes, depthwise
 from jaxweights.techniques.spectral import iteration
 
-# (shape, axes, the matrices as NumPy reads them, batch first)
+# (shape, axes, w -> matrices in NumPy, batch first)
 READINGS = [
     ((), None, lambda w: w.reshape(1, 1)),
     ((5,), None, lambda w: w[:, None]),
@@ -43,7 +43,7 @@ def sigma(matrices):
 
 @functools.partial(jax.jit, static_argnums=0)
 def updated(t, w):
-    """The state after the first update. One program serves all weights of a shape."""
+    """The state after the first update, compiled once per shape."""
     return t.update(w, t.init(w, KEY))
 
 
@@ -91,7 +91,7 @@ def test_transform_converges_to_the_formula(shape, axes, read):
 
 
 def test_gradient():
-    """Of one matrix, of a stack with transposed batch axes and groups, and of soft normalization on both its sides."""
+    """One matrix, a stack with transposed batch axes and groups, and soft normalization above and below the target."""
     with enable_x64(True):
         weights = [jnp.asarray(normal(*READINGS[i][0])) for i in (2, 8, 9)]
         pair = jnp.asarray(np.stack([normal(6, 4), 0.1 * normal(6, 4)]))
@@ -116,11 +116,11 @@ def test_gradient_is_that_of_the_leading_singular_vectors():
 
 
 def test_the_gradient_of_the_estimate_is_that_of_its_singular_vectors():
-    """dσ = uᵀ dW v, to rounding in float64, and a finite difference of σ itself."""
+    """Checks dσ = uᵀ dW v to rounding in float64, and against a finite difference of σ."""
     with enable_x64(True):
         w, t = jnp.asarray(normal(6, 4)), jw.SpectralNorm(n_steps=40)
         state = updated(t, w)
-        # w' = w/σ̂, so that σ̂ = Σw²/Σw·w'.
+        # w' = w/σ̂, so σ̂ = Σw²/Σw·w'.
         estimate = jax.jit(jax.grad(lambda w: jnp.sum(w * w) / jnp.sum(w * t.apply(w, state))))
         u, _, vt = np.linalg.svd(w)
         np.testing.assert_allclose(estimate(w), np.outer(u[:, 0], vt[0]), atol=1e-8)
@@ -162,7 +162,7 @@ def test_huge_and_tiny_weights(dtype, sizes):
         np.testing.assert_allclose(norm, float(w[1, 1]), rtol=1e-5)
         for gradient, new in both:
             np.testing.assert_allclose(np.float64(new), unit / 4, atol=2 * float(jnp.finfo(dtype).eps) + 1e-6)
-            # Of the ratio w₀₀/w₁₁.
+            # The gradient of w₀₀/w₁₁.
             expected = [[0.25, 0, 0], [0, -1 / 16, 0], [0, 0, 0]]
             np.testing.assert_allclose(np.float64(gradient) * size, expected, atol=0.01)
 
@@ -173,7 +173,7 @@ def test_zero_weights():
     for f in (jw.spectral_normalize, lambda w: SETTLED.apply(w, state)):
         out, gradient = jax.jit(lambda w, f=f: (f(w), jax.vjp(f, w)[1](jnp.ones_like(w))[0]))(zero)
         assert not out.any() and jnp.isfinite(gradient).all()
-    # The iteration goes on when the weight is no longer zero.
+    # The iteration resumes once the weight is nonzero.
     w = jnp.float32(normal(6, 4))
     new = jax.jit(lambda w: SETTLED.apply(w, SETTLED.update(w, state)))(w)
     np.testing.assert_allclose(sigma(np.float64(new)), 1, rtol=1e-4)
@@ -201,7 +201,7 @@ def test_nan_stays_in_its_matrix():
 
 
 def steps(w, key, n):
-    """σ̂ after each of n steps of the search from random vectors: four products with W and one with Wᵀ."""
+    """σ̂ after each of n search steps from random vectors: four products with W and one with Wᵀ."""
     operator = iteration.Operator(lambda xs: jnp.matmul(xs, w.T, precision="highest"), w.shape[1:])
     move = lambda search, _: (lambda new: (new, iteration.sigma(operator, new["v"])))(
         iteration.step(operator, search)[0]
@@ -210,17 +210,17 @@ def steps(w, key, n):
 
 
 def test_twenty_single_steps_find_sigma_of_gaussians():
-    """The goal is a mean error of .05%; power iteration is 1.4% off. One start in ten lies badly: it is off by more."""
+    """The goal is a mean error of .05%; power iteration is 1.4% off. One start in ten is bad, with a larger error."""
     w = normal(24, 512, 256)
     keys = jax.random.split(KEY, len(w))
     found = jax.jit(jax.vmap(lambda w, key: steps(w, key, 20)))(jnp.float32(w), keys)
     errors = 1 - np.asarray(found) / np.sqrt(np.linalg.eigvalsh(w.mT @ w)[:, -1:])
     assert errors.mean(0)[-1] < 5e-4 and np.median(errors, 0)[-1] < 1e-4
-    assert np.diff(errors, axis=-1).max() < 1e-5  # from below, and better with every step
+    assert np.diff(errors, axis=-1).max() < 1e-5  # monotone from below
 
 
 def test_sigma_stays_near_1_under_a_fast_optimizer():
-    """50 steps of AdamW at 1e-2, from entries of .06: σ of the weight more than doubles, then it turns."""
+    """50 steps of AdamW at 1e-2, from entries of .06: σ of the weight more than doubles, then turns."""
     w, teacher = normal(256, 128) / 16, normal(256, 128, seed=1) / 16
     t, tx = jw.SpectralNorm(), optax.adamw(1e-2)
 
@@ -239,7 +239,7 @@ def test_sigma_stays_near_1_under_a_fast_optimizer():
 
 
 def test_a_direction_that_the_search_has_never_seen_is_found():
-    """All vectors of a converged search may lie where the map was, and be mapped there ever after."""
+    """A converged search may stay in the old subspace, which the map keeps invariant."""
     w, t = jnp.zeros((40, 30)).at[3, 3].set(1.0), jw.SpectralNorm()
     search = jax.jit(lambda w, state, n: jax.lax.fori_loop(0, n, lambda _, state: t.update(w, state), state))
     state = search(w, jax.jit(t.init)(w, KEY), 20)
@@ -262,7 +262,7 @@ def test_target_and_soft():
 
     @jax.jit
     def run(w):
-        state = jax.lax.fori_loop(0, 2, lambda _, state: t.update(w, state), t.init(w, KEY))  # of steps 0 and 1
+        state = jax.lax.fori_loop(0, 2, lambda _, state: t.update(w, state), t.init(w, KEY))  # steps 0 and 1
         exact = [jw.spectral_normalize(w, axes=t.axes, target=1.5, soft=soft) for soft in (False, True)]
         return exact, [dataclasses.replace(t, soft=soft).apply(w, state) for soft in (False, True)]
 

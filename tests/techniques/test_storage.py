@@ -1,4 +1,4 @@
-"""Sparse storage: exact round trips, true bytes, and products, against numpy."""
+"""Sparse storage: exact round trips, byte counts, and products, against NumPy."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def normal(*shape, seed=0):
 
 
 def n_m_mask(shape, n=2, m=4, axes=None, seed=0):
-    """At most n of every m rows of the matrix, at random positions, in the shape of the weight."""
+    """Mask of at most n in every m rows of the matrix, at random positions, in the weight's shape."""
     axes = axes_or_default(axes, len(shape))
     rows, columns = axes.matrix(np.zeros(shape, np.float32)).shape[-2:]
     rng = np.random.default_rng(seed)
@@ -44,7 +44,7 @@ def n_m_mask(shape, n=2, m=4, axes=None, seed=0):
 
 
 def block_mask(mask, axes=None):
-    """The 4x1 blocks of the matrix in which anything is kept."""
+    """Mask of the 4x1 blocks of the matrix with any kept entry."""
     axes = axes_or_default(axes, mask.ndim)
     matrix = np.asarray(axes.matrix(mask))
     return np.asarray(axes.weight(jnp.asarray(matrix.reshape(-1, 4, matrix.shape[1]).any(1).repeat(4, 0)), mask.shape))
@@ -110,7 +110,7 @@ def test_any_pattern_packs():
 
 
 def test_the_codes_are_those_of_2_to_4_hardware():
-    """Positions of two bits, in order of the values, the first in the lowest bits."""
+    """Two-bit positions in the order of the values, the first in the lowest bits."""
     w = jnp.array([0, 2, 0, -1, 0, 0, 0, 3, 5, 0, 0, 0], jnp.float32)[:, None]
     packed = jw.sparse.pack(w)
     np.testing.assert_array_equal(packed.values[:, 0], [2, -1, 0, 3, 5, 0])
@@ -194,7 +194,7 @@ def test_products_of_16_bits_add_up_in_float32(store):
 @every_format
 @pytest.mark.parametrize("rows", [1, 5])
 def test_gradients(store, rows):
-    """By x: g @ wᵀ. By the stored values: xᵀ @ g at the position of each."""
+    """With respect to x: g @ wᵀ. With respect to the stored values: xᵀ @ g at their positions."""
     w, x, g = sparse(256, 12), normal(rows, 256, seed=1), normal(rows, 12, seed=2)
     stored = store(jnp.asarray(w))
     leaves, structure = jax.tree.flatten(stored)
@@ -208,12 +208,12 @@ def test_gradients(store, rows):
 
     by_x, by_stored = jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(x), leaves[floating])
     np.testing.assert_allclose(by_x, g.astype(np.float64) @ w.T, atol=1e-4)
-    # Stored zeros, in a block or in a group that keeps fewer, have gradients of their own.
+    # Zeros stored in a block or in an incomplete group also get gradients.
     dense = np.where(w != 0, assemble(by_stored).todense(), 0)
     np.testing.assert_allclose(dense, np.where(w != 0, x.T.astype(np.float64) @ g, 0), atol=1e-4)
 
 
-# jit, vmap, stacks, and what does not fit
+# jit, vmap, stacks, and mismatches
 
 SIZED = {
     "pack": jw.sparse.pack,

@@ -1,4 +1,4 @@
-"""Norms of an array that lies on several devices: values and gradients are those of one device, whatever the split."""
+"""Norms of a sharded array: values and gradients match a single device, for any split."""
 
 import functools
 
@@ -13,7 +13,7 @@ import jaxweights as jw
 rng = np.random.default_rng(0)
 X, CT = (jnp.float32(rng.normal(size=(16, 4, 6)) + mean) for mean in (3, 0))
 SCALE, BIAS = jnp.float32(rng.normal(size=6)), jnp.float32(rng.normal(size=6))
-WHERE = jnp.asarray(rng.random((16, 4, 1)) < 0.6).at[:2].set(False)  # one of eight devices has nothing that counts
+WHERE = jnp.asarray(rng.random((16, 4, 1)) < 0.6).at[:2].set(False)  # one of eight devices is fully masked
 SPLIT, WHOLE = PartitionSpec("d"), PartitionSpec()
 
 

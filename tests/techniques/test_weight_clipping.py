@@ -39,7 +39,7 @@ def test_clip_weights_of_any_value(values, limit):
     out = np.asarray(jax.jit(jw.clip_weights)(np.float32(values), np.float32(limit)))
     for w, clipped in zip(np.float32(values), out, strict=True):
         expected = w if np.isnan(w) else min(max(w, -np.float32(limit)), np.float32(limit))
-        flushed = abs(w) < 1.2e-38 or limit < 1.2e-38  # subnormal numbers may be taken for 0
+        flushed = abs(w) < 1.2e-38 or limit < 1.2e-38  # subnormals may be flushed to 0
         assert np.array_equal(clipped, expected, equal_nan=True) or (flushed and abs(clipped) < 1.2e-38)
 
 

@@ -46,7 +46,7 @@ def test_mixed_dtypes_keep_that_of_the_gradient():
 
 
 def test_float16_is_computed_in_float32():
-    # 1.5·65504 alone leaves the range of float16, the sum does not.
+    # 1.5·65504 overflows float16; the sum does not.
     w = jnp.float16([65504])
     assert jw.weight_decay(jnp.float16([-60000]), w, 1.5)[0] == np.float16(1.5 * 65504 - 60000)
     assert jw.weight_decay(w, w, 0.5)[0] == jnp.inf
@@ -79,7 +79,7 @@ def test_penalties_centres_and_caution(name, cautious, toward, dtype):
 
 
 def test_caution_goes_by_signs_of_any_size():
-    """Decay where g·w >= 0 (Chen et al., algorithm 1): 0 counts as agreement, and the sign of 1e-30·1e-30 is not 0."""
+    """Decay where g·w >= 0 (Chen et al., algorithm 1): 0 counts as agreement, and 1e-30·1e-30 must not underflow."""
     g, w = jnp.float32([0.0, 1e-30, -1e-30, 1e30, -1e30]), jnp.float32([2.0, 1e-30, 1e-30, 1e30, 1e30])
     expected = [1.0, 1.5e-30, -1e-30, 1.5e30, -1e30]
     np.testing.assert_allclose(jw.weight_decay(g, w, 0.5, cautious=True), expected, rtol=1e-6)

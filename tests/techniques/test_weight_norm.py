@@ -129,7 +129,7 @@ TORCH = {
 
 @pytest.mark.parametrize(("shape", "dim", "axes"), TORCH.values(), ids=TORCH)
 def test_value_and_gradients_are_those_of_torch(shape, dim, axes):
-    """In float64, in torch's own layout, (out, in, *window), with a scale that has left the norm."""
+    """In float64, in torch's layout, (out, in, *window), with a scale that differs from the norm."""
     torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'jaxweights[peers]'")
     w, cotangent = normal(*shape), normal(*shape, seed=1)
     module = torch.nn.Module()

@@ -96,7 +96,7 @@ def test_conv_index_is_the_convolution(kernel_shape, input_shape, strides, paddi
 
     (expected, gradient), (found, of_shared) = run(kernel)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    # The gradient of the one kernel is the sum over all positions that share it.
+    # The gradient of the shared kernel is the sum over all positions.
     np.testing.assert_allclose(of_shared, gradient, atol=1e-4)
     matrix = np.outer(np.float64(x), np.float64(cotangent))
     positions = [matrix[index == i].sum() for i in range(kernel.size)]
@@ -172,7 +172,7 @@ def test_cluster_of_huge_weights(dtype, size):
 
 
 def test_cluster_does_not_lose_a_long_sum():
-    # Added one by one in float32, more than 2²⁴ ones stay at 2²⁴.
+    # A sequential float32 sum of ones saturates at 2²⁴.
     w = jnp.concatenate([jnp.ones(2**24 + 2**22), jnp.full(8, 3.0)])
     codebook, _ = cluster(w, 2)
     np.testing.assert_array_equal(codebook, [1, 3])

@@ -1,4 +1,4 @@
-"""Centred and standardized weights, against float64 NumPy, torch's layers on the same numbers, and their invariants."""
+"""Centered and standardized weights, against float64 NumPy, torch layers, and their invariants."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def test_gradients():
 
         check_grads(run, (weights, gains), order=1, rtol=1e-6)
 
-        # The output does not change with the mean or, without ε, the size of the weights: no gradient along them.
+        # The output is invariant to the mean and, without ε, the scale of the weights: no gradient along these.
         @jax.jit
         @jax.grad
         def gradients(weights):
@@ -98,7 +98,7 @@ def test_scaled_standardization_is_centred_weight_normalization():
     np.testing.assert_allclose(
         jw.weight_standardize(w, g, scaled=True, eps=0.0), chain.apply(w, {"1.scale": g}), rtol=1e-5, atol=1e-6
     )
-    # It starts as the centred weights themselves.
+    # The chain starts at the centered weights.
     state = chain.init(w, jax.random.key(0))
     np.testing.assert_allclose(chain.apply(w, state), jw.projections.center(w), rtol=1e-6)
 
@@ -110,7 +110,7 @@ def test_a_scaled_layer_keeps_the_variance_of_its_inputs():
 
 
 def test_equal_weights_become_zero():
-    """Exactly, though no sum of c is exact."""
+    """Exactly 0, although sums of c are rounded."""
     functions = jw.projections.center, jw.weight_standardize, lambda w: jw.weight_standardize(w, eps=0.0)
     run = jax.jit(lambda w: [(f(w), jax.vjp(f, w)[1](jnp.ones_like(w))[0]) for f in functions])
     for c in (0.0, 0.1, -1e4, 1e30):
