@@ -15,6 +15,7 @@ from flax import nnx
 from flax_modules import random_params
 
 import jaxweights as jw
+from jaxweights.levels import tree as tree_level
 from jaxweights.levels.paths import flatten, select
 
 KEY = jax.random.key(0)
@@ -183,3 +184,37 @@ def test_tie_and_its_gradient():
     grads = jax.jit(jax.grad(loss))(params)
     np.testing.assert_allclose(grads["embed"], np.tile(x, (3, 1)) + 2 * np.asarray(params["embed"]), rtol=1e-6)
     np.testing.assert_array_equal(grads["head"], 0)
+
+
+def test_an_update_of_project_resolves_the_tree_once(monkeypatch):
+    calls = collections.Counter()
+
+    def count(name, original):
+        def counted(*args):
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(tree_level, name, counted)
+
+    count("select", tree_level.select)
+    count("infer_axes", tree_level.infer_axes)
+    tx, params = jw.project(jw.Chain(jw.ClipWeights(1.0), jw.Prune(0.5))), {"kernel": jnp.ones((4, 3))}
+    state = tx.init(params)
+    calls.clear()
+    jax.eval_shape(tx.update, params, state, params)
+    assert calls == {"select": 1, "infer_axes": 1}
+
+
+def test_weights_of_one_shape_are_traced_once():
+    traces = collections.Counter()
+
+    @dataclasses.dataclass(frozen=True)
+    class Counted(jw.Transform):
+        def apply(self, w, state):
+            traces[w.shape] += 1
+            return w
+
+    params = {f"layer_{i}/kernel": jnp.ones((4, 3 + i // 5)) for i in range(10)}
+    lifted = jw.on_tree(Counted())
+    jax.eval_shape(lambda params: lifted.apply(params, lifted.init(params, jax.random.key(0))), params)
+    assert traces == {(4, 3): 1, (4, 4): 1}
