@@ -14,7 +14,7 @@ import numpy as np
 def check_weight(w, name: str = "w") -> jax.Array:
     """`w` as a JAX array, or an error unless it is an array of a real floating dtype."""
     if not isinstance(w, jax.Array | np.ndarray | np.generic | float) or isinstance(w, bool):
-        convert = "for a tree of weights use jaxweights.on_tree, else convert it with jnp.asarray"
+        convert = "for a tree use jax.tree.map, or on_tree with a transform; else convert it with jnp.asarray"
         remedy = f"give its .{name}" if hasattr(w, name) else convert
         raise TypeError(f"{name} must be a floating-point array, got {type(w).__name__}: {remedy}")
     dtype = jnp.result_type(w)
@@ -53,10 +53,17 @@ def check_scalar(name: str, value, low: float = -math.inf, high: float = math.in
 
 
 def check_order(low_name: str, low, high_name: str, high) -> None:
-    """Raises if `low` > `high`. Schedules and JAX arrays are not checked: their values are not known here."""
+    """Raises if `low` > `high` anywhere. Schedules and JAX arrays are not checked: their values are not known here."""
     unknown = any(callable(value) or isinstance(value, jax.Array) for value in (low, high))
-    if not unknown and low > high:
-        raise ValueError(f"{low_name} must be at most {high_name}, got {low!r} and {high!r}: swap them")
+    if not unknown and np.any(low > high):
+        got = "arrays that cross" if np.ndim(low) or np.ndim(high) else f"{low!r} and {high!r}"
+        raise ValueError(f"{low_name} must be at most {high_name}, got {got}: swap them")
+
+
+def check_broadcast(name: str, got: tuple[int, ...], shape: tuple[int, ...], of: str = "w") -> None:
+    """Raises unless an array of shape `got` broadcasts to `shape`, without making it larger."""
+    if len(got) > len(shape) or any(g not in (1, s) for g, s in zip(reversed(got), reversed(shape), strict=False)):
+        raise ValueError(f"{name} must broadcast to {of} {shape}, got shape {got}: add axes with [..., None]")
 
 
 def check_integer(name: str, value, low: int, high: int | None = None) -> None:
@@ -71,16 +78,17 @@ def check_integer(name: str, value, low: int, high: int | None = None) -> None:
 def check_shape(name: str, shape) -> tuple[int, ...]:
     """`shape` as a tuple, or an error unless it is a sequence of integers of at least 0."""
     if isinstance(shape, str | int | float) or not isinstance(shape, Sequence):
-        raise TypeError(f"{name} must be a sequence of integers, got {shape!r}: write (2, 3), or (2,) for one axis")
+        got = repr(shape) if isinstance(shape, str | int | float) else type(shape).__name__
+        raise TypeError(f"{name} must be a sequence of integers, got {got}: write (2, 3), or (2,) for one axis")
     for size in shape:
         check_integer(f"each size in {name}", size, 0)
     return tuple(shape)
 
 
-def check_dtype(dtype) -> jnp.dtype:
+def check_dtype(dtype, name: str = "dtype") -> jnp.dtype:
     """`dtype` as a dtype, or an error unless it is a real floating one."""
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be a real floating dtype, got {dtype}: use jnp.float32")
+        raise TypeError(f"{name} must be a real floating dtype, got {dtype}: use jnp.float32")
     return jnp.dtype(dtype)
 
 
@@ -96,23 +104,44 @@ def check_mask(where, shape: tuple[int, ...]) -> jax.Array:
     if not jnp.issubdtype(kind, jnp.bool_):
         raise TypeError(f"where must be a boolean array, got {kind}: compare it with a number")
     got = jnp.shape(where)
-    if len(got) > len(shape) or any(g not in (1, s) for g, s in zip(reversed(got), reversed(shape), strict=False)):
-        raise ValueError(f"where must broadcast to x {shape}, got shape {got}: add axes with [..., None]")
+    check_broadcast("where", got, shape, "x")
     return jnp.expand_dims(where, range(len(shape) - len(got)))
 
 
-def check_state(state, **shapes: tuple[int, ...] | None) -> None:
-    """Raises unless `state` is a dict with an array of each name and shape; None is any shape."""
+def check_state(state, **entries: tuple[int, ...] | jax.ShapeDtypeStruct | None) -> None:
+    """Raises unless `state` is a dict with an array of each name and shape; None is any shape.
+
+    Where an entry is described with a dtype, an array of integers or booleans must still be one.
+    """
     if not isinstance(state, Mapping):
         raise TypeError(f"state must be the dict that init returned, got {type(state).__name__}: pass init(w, key)")
     remedy = "pass the state that init returned for this weight (in Flax Linen, all its collections)"
-    for name, shape in shapes.items():
+    for name, entry in entries.items():
+        described = isinstance(entry, jax.ShapeDtypeStruct)
+        shape = entry.shape if described else entry
         if name not in state:
             raise ValueError(f"the state has no {name!r}, it has {sorted(state)}: {remedy}")
         if shape is not None and jnp.shape(state[name]) != shape:
             raise ValueError(
                 f"the state has {name!r} of shape {jnp.shape(state[name])}, this weight needs {shape}: {remedy}"
             )
+        if described:
+            check_exact(name, state[name], entry.dtype)
+
+
+def check_exact(name: str, value, dtype) -> None:
+    """Raises if the entry `name` of a state is floating where `init` makes integers, booleans or packed words."""
+    if is_floating(value) and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"the state has {name!r} of dtype {jnp.result_type(value)}, init makes it {dtype}: it was averaged or "
+            f"cast. Average only the floating entries and take the others from the last step, or average only the "
+            f"weights; then call update"
+        )
+
+
+def is_floating(value) -> bool:
+    """Whether an entry of a state is a floating-point array."""
+    return jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes
-from jaxweights.core.checks import check_scalar, check_state
+from jaxweights.core.checks import check_exact, check_scalar, check_state, is_floating
+from jaxweights.core.tracing import is_hashable
 
 State = dict[str, jax.Array]
 Number = float | jax.Array
@@ -31,7 +33,9 @@ class Transform:
     - `apply(w, state)` is the transformed weight. It has the shape and dtype of `w`, and is differentiable in `w` and
       in the learned entries of the state.
 
-    Training is `update`, then `apply`; evaluation is `apply` alone.
+    Training is `update`, then `apply`; evaluation is `apply` alone. A mean of the states of several steps is a state if
+    all entries are floating-point; `update` it on the mean of the weights before evaluation. Masks, indices, seeds and
+    steps have no mean: take those of the last step. A tree, and so every level, refuses an averaged one.
 
     A subclass declares what others need to know of it:
 
@@ -95,7 +99,7 @@ class Transform:
         names = self._schedules()
         if not names:
             return state
-        check_state(state, step=())
+        check_state(state, step=jax.ShapeDtypeStruct((), jnp.int32))
         step = state["step"]
         return {**state, **{n: self._evaluate(n, step) for n in names}, "step": step + 1}
 
@@ -116,3 +120,21 @@ def check_transform(where: str, t) -> None:
         raise TypeError(f"{where} got the class {t.__name__}: make an instance, {t.__name__}(...)")
     if not isinstance(t, Transform):
         raise TypeError(f"{where} needs a jaxweights.Transform, got {type(t).__name__}: {t!r}")
+
+
+def check_not_averaged(t: Transform, w: jax.Array, state: State) -> None:
+    """Raises if an entry of the state is floating where `init` makes integers, booleans or packed words."""
+    floating = [name for name, entry in state.items() if name not in t.learned and is_floating(entry)]
+    if not floating:
+        return
+    dtypes = _state_dtypes if is_hashable(t) else _state_dtypes.__wrapped__
+    expected = dtypes(t, jnp.shape(w), jnp.result_type(w))
+    for name in floating:
+        check_exact(name, state[name], expected.get(name, jnp.float32))
+
+
+@functools.lru_cache(maxsize=1024)
+def _state_dtypes(t: Transform, shape: tuple[int, ...], dtype: jnp.dtype) -> dict[str, jnp.dtype]:
+    """The dtypes of the state that `init` makes for a weight."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return {name: a.dtype for name, a in jax.eval_shape(t.init, jax.ShapeDtypeStruct(shape, dtype), key).items()}

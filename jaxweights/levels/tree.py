@@ -11,7 +11,7 @@ import jax
 from jaxweights.core.axes import Axes, infer_axes
 from jaxweights.core.checks import naming
 from jaxweights.core.joint import apply, init_each, update_each
-from jaxweights.core.transform import State, Transform, check_transform
+from jaxweights.core.transform import State, Transform, check_not_averaged, check_transform
 from jaxweights.levels.paths import FlatTree, Where, check_structure, flatten, is_weight, key_of, select
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ class BoundTransform:
         return {path: {**fixed.get(path, {}), **state.learned.get(path, {})} for path in self.transforms}
 
     def _check(self, state: TreeState) -> None:
-        """Raises unless the state comes from `init` on a tree with these paths."""
+        """Raises unless the state comes from `init` on a tree with these paths, or is a mean of such."""
         if not isinstance(state, TreeState):
             raise TypeError(f"state must be the TreeState that init returned, got {type(state).__name__}")
         for path in [*state.learned, *state.fixed]:
@@ -147,6 +147,10 @@ class BoundTransform:
                     f"state has an entry for {path!r}, which is not a selected weight of this tree: call init on it. "
                     f"Selected are: {', '.join(sorted(self.transforms))}"
                 )
+        for path, entries in state.fixed.items():
+            t = self.transforms[path]
+            with naming(type(t).__name__, path):
+                check_not_averaged(t, self.weights[path], entries)
 
 
 def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None = None) -> TreeTransform:

@@ -255,6 +255,28 @@ def test_fewer_dimensions_than_the_search_has_vectors(n):
     np.testing.assert_allclose(found, sigma(np.float64(w)), rtol=1e-5)
 
 
+def test_any_vectors_are_a_state():
+    """Means of states have no unit vectors; all may cancel, and those of a stack each for itself."""
+    w, t = jnp.float32(normal(2, 24, 16)), dataclasses.replace(SETTLED, axes=DENSE.stacked())
+    state = updated(t, w)
+    halved = {n: 0.5 * a for n, a in state.items()}
+    cancelled = {n: a.at[1].set(0) for n, a in state.items()}
+    equal = {**state, "basis": jnp.ones_like(state["basis"])}
+
+    @jax.jit
+    def run(w, states):
+        move = lambda s: t.update(w, s)
+        states = jax.tree.map(lambda *a: jnp.stack(a), *states)
+        kept, moved = jax.vmap(lambda s: t.apply(w, s))(states), jax.vmap(move)(states)
+        return kept, jax.vmap(lambda s: t.apply(w, s))(moved), moved["v"]
+
+    kept, new, v = jax.tree.map(np.asarray, run(w, [halved, cancelled, equal, {n: -a for n, a in state.items()}]))
+    np.testing.assert_allclose(sigma(np.float64(kept[[0, 2, 3]])), 1, rtol=1e-4)
+    np.testing.assert_array_equal(kept[1, 1], w[1])  # no direction, no σ̂: the weight is kept
+    np.testing.assert_allclose(sigma(np.float64(new)), 1, rtol=1e-4)
+    assert np.all(np.sum(v[3] * state["v"], -1) < -0.9)  # the sign is kept, so that means do not cancel
+
+
 def test_target_and_soft():
     w = jnp.float32(normal(3, 6, 4) * np.array([0.1, 1, 10])[:, None, None])
     below = np.array([True, False, False])

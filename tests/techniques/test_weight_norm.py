@@ -54,6 +54,29 @@ def test_formula(dtype):
             np.testing.assert_allclose(np.float64(out), expected, rtol=tolerance, err_msg=f"{shape} by {axes}")
 
 
+def test_a_zero_kernel_rests_and_a_zero_scale_moves():
+    """Steps of gradient descent on ⟨w', g⟩ + ‖w'‖²/2 from w' = 0: only a kernel that has a direction leaves it."""
+    g, kernel = jnp.float32(normal(5, 3)), jnp.float32(normal(5, 3, seed=1))
+
+    def descend(t, kernel):
+        def step(carry, _):
+            w, scale = carry
+            loss = lambda w, scale: jnp.sum(t.apply(w, {"scale": scale}) * (g + t.apply(w, {"scale": scale}) / 2))
+            grads = jax.grad(loss, (0, 1))(w, scale)
+            return (w - 0.1 * grads[0], scale - 0.1 * grads[1]), t.apply(w, {"scale": scale})
+
+        return jax.lax.scan(step, (kernel, t.init(kernel, jax.random.key(0))["scale"]), length=200)
+
+    descend = jax.jit(descend, static_argnums=0)
+    (w, scale), path = descend(jw.WeightNorm(), jnp.zeros((5, 3)))
+    assert not w.any() and not scale.any() and not path.any()
+    (w, scale), path = descend(jw.WeightNorm(scale=0.0), kernel)
+    assert not path[0].any()
+    unit = np.float64(kernel) / np.linalg.norm(np.float64(kernel), axis=0)
+    np.testing.assert_allclose(path[1], -0.1 * unit * np.sum(unit * np.float64(g), 0), rtol=1e-4)
+    np.testing.assert_allclose(path[-1], -g, atol=1e-3)  # the minimum, in another direction than that of the start
+
+
 def test_gradient():
     with enable_x64(True):
         weights = [jnp.asarray(normal(*shape)) for shape, _, _ in READINGS[3::2]]

@@ -61,20 +61,21 @@ def clip_singular_values(w: jax.Array, limit: Number, *, axes: Axes | None = Non
         c = c.reshape(*products.batch_shape, 1, 1)
         unit = jnp.maximum(c, 1 - c)
 
-        def clip_once(_, x):
+        def clip_once(_, carry):
+            x, moved = carry
             q = polar(x, products.gram, products.times, low=c)
             p = products.gram(q, x)
-            beyond = (p + p.mT) / 2 - c * jnp.eye(p.shape[-1], dtype=p.dtype)
+            beyond = (p + p.mT) / 2 - c * jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), p.shape)
             # A singular value between c and c + low gets a sign between 0 and 1, and is clipped to c + low/8 or less.
             sign = polar(beyond / unit, matmul, matmul, low=8 * _TOLERANCE * c / unit)
             excess = (beyond + matmul(beyond, sign)) / 2
             over = (frobenius(excess) > _TOLERANCE * c).reshape(products.per_matrix_shape)
-            return jnp.where(over, x - products.times(q, excess), x)
+            return jnp.where(over, x - products.times(q, excess), x), moved | over
 
         x = safe_divide(w, scale)
         # The first pass has the rounding error of σ₁. If c is far below σ₁, a second pass has that of c.
-        new = jax.lax.fori_loop(0, jnp.where(jnp.min(c) >= 0.1, 1, 2), clip_once, x)
-        moved = jnp.any(jnp.abs(new - x) > 0, products.matrix_axes, keepdims=True)
+        n_passes = jnp.where(jnp.min(c) >= 0.1, 1, 2)
+        new, moved = jax.lax.fori_loop(0, n_passes, clip_once, (x, jnp.zeros(products.per_matrix_shape, bool)))
         return jnp.where(limit == 0, 0, jnp.where(moved, scale * new, w))
 
     return odd_function(clip, w, axes, jnp.asarray(limit, accumulation_dtype(w.dtype)))

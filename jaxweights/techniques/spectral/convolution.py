@@ -21,8 +21,9 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.numerics.norms import safe_divide
 from jaxweights.numerics.sharding import auto_sharded
 from jaxweights.techniques.spectral import iteration
-from jaxweights.techniques.spectral.exact import leading_vectors, spectral_normalize
+from jaxweights.techniques.spectral.exact import leading_vectors
 from jaxweights.techniques.spectral.iteration import Operator, search_in
+from jaxweights.techniques.spectral.streaming import normalized
 
 _MAX_STEPS = 100
 _TOLERANCE = 1e-4
@@ -91,7 +92,7 @@ def conv_spectral_norm(
 
 @dataclasses.dataclass(frozen=True)
 class ConvSpectralNorm(Transform):
-    """Spectral normalization of a convolution as a linear map of images: w' = w·c/σ̂, σ̂ = ‖w ∗ v‖.
+    """Spectral normalization of a convolution as a linear map of images: w' = w·c/σ̂, σ̂ = ‖w ∗ v‖/‖v‖.
 
     σ̂ is the streaming estimate of `SpectralNorm`, with the convolution and its transpose in place of matrix products.
     An update takes `n_steps` steps, and more while σ̂ grows. Each convolves 4 images and applies the transpose to one.
@@ -103,7 +104,7 @@ class ConvSpectralNorm(Transform):
     `on_tree({"conv1/kernel": ConvSpectralNorm((28, 28, 1)), ...})`.
 
     State, float32 or wider: `v`, an image of the shape of the input or the output, whichever is smaller, and `basis`,
-    4 such images.
+    4 such images. Means of the states of several steps are a state too, as for `SpectralNorm`.
 
     >>> import jax, jax.numpy as jnp
     >>> import jaxweights as jw
@@ -143,11 +144,10 @@ class ConvSpectralNorm(Transform):
         return super().update(w, state, grad) | iteration.update_search(w, search, _operator, conv, self.n_steps)
 
     def apply(self, w, state):
-        """w·c/‖w ∗ v‖."""
+        """w·c/σ̂."""
         conv = self._convolution(w)
         v = search_in(state, _operator(w, conv))["v"]
-        sigma = auto_sharded(lambda w, v: iteration.sigma(_operator(w, conv), v), w, v)
-        return spectral_normalize(w, sigma, target=self.value("target", state), soft=self.soft)
+        return normalized(check_weight(w), v, self.value("target", state), _operator, conv, soft=self.soft)
 
     def _convolution(self, w) -> Convolution:
         options = {name: getattr(self, name) for name in ("strides", "padding", "dilation", "groups")}

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes, Reading
-from jaxweights.core.checks import check_state, check_weight
+from jaxweights.core.checks import check_scalar, check_state, check_weight
 from jaxweights.core.transform import Transform
-from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.numerics.norms import safe_divide, safe_norm
 
 
@@ -65,8 +64,13 @@ class WeightNorm(Transform):
     """Weight normalization with a learned scale: w' = g · w / ‖w‖.
 
     State: `scale`, the learned g, shape (*batch, *output), float32 or wider. It starts at ‖w‖, so that
-    wrapping a module leaves its function as it is. With `axes.WHOLE` it is one number, the norm of the whole weight.
-    `fold` of `jaxweights.linen` and `jaxweights.nnx` bakes it into an ordinary kernel.
+    wrapping a module leaves its function as it is, or at the number `scale` for every unit. With `axes.WHOLE` it is one
+    number, the norm of the whole weight. `fold` of `jaxweights.linen` and `jaxweights.nnx` bakes it into an ordinary
+    kernel.
+
+    A unit whose weights are all zero has no direction. Neither they nor its scale get a gradient, so it never moves.
+    For a layer that starts at zero, such as the last of a residual branch, draw the kernel at random as usual and start
+    the scale at zero: `WeightNorm(scale=0.0)`. The first step moves the scale, the next ones the direction too.
 
     >>> import jax, jax.numpy as jnp
     >>> w = jnp.array([[3.0, 1.0], [4.0, 0.0]])
@@ -77,13 +81,19 @@ class WeightNorm(Transform):
     """
 
     axes: Axes | None = None
+    scale: float | None = None
     learned: ClassVar[frozenset[str]] = frozenset({"scale"})
     takes_axes: ClassVar[bool] = True
 
+    def __post_init__(self):
+        if self.scale is not None:
+            check_scalar("scale", self.scale)
+
     def init(self, w, key):
-        """The norms of `w`."""
+        """The norms of `w`, or the initial scale of every unit."""
         w = check_weight(w)
-        return {"scale": safe_norm(w, Reading.of(self.axes, w.shape).contracted).astype(accumulation_dtype(w.dtype))}
+        norm = safe_norm(w, Reading.of(self.axes, w.shape).contracted)
+        return {"scale": norm if self.scale is None else jnp.full_like(norm, self.scale)}
 
     def apply(self, w, state):
         """`weight_normalize(w, scale)`."""
