@@ -44,7 +44,7 @@ for i in range(1, 201):
         accuracy = float(np.mean(model.apply({"params": params, **state}, test_x).argmax(-1) == test_y))
         print(f"step {i:3}: loss {value:.3f}, test accuracy {accuracy:.1%}")
 
-w, vectors = params["layers_0"]["kernel"], state["weight_transform"]["layers_0/kernel"]
+w, vectors = params["layers_0"]["kernel"], state["weight_transform"]["layers_0"]["kernel"]
 stored = float(jw.spectral_norm(w))
 used = float(jw.spectral_norm(jw.SpectralNorm().apply(w, vectors)))
 print(f"σ of the first kernel: {stored:.3f} as stored, {used:.3f} as the model computes with it")

@@ -2,7 +2,7 @@
 
 from jaxweights.levels.linen.batch_norm import BatchNorm
 from jaxweights.levels.linen.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
-from jaxweights.levels.linen.transformed import Transformed, fold
+from jaxweights.levels.linen.transformed import Transformed, fold, update_state
 from jaxweights.models.linen.capture import capture
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "Transformed",
     "capture",
     "fold",
+    "update_state",
 ]

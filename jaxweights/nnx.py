@@ -2,7 +2,7 @@
 
 from jaxweights.levels.nnx.batch_norm import BatchNorm
 from jaxweights.levels.nnx.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
-from jaxweights.levels.nnx.transformed import TransformVariable, fold, transformed
+from jaxweights.levels.nnx.transformed import TransformVariable, fold, transformed, update_state
 from jaxweights.models.nnx.capture import capture
 from jaxweights.models.nnx.fold_batch_norm import fold_batch_norms
 
@@ -17,4 +17,5 @@ __all__ = [
     "fold",
     "fold_batch_norms",
     "transformed",
+    "update_state",
 ]

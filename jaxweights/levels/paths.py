@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 T = TypeVar("T")
 Where = str | Sequence[str] | Callable[[str, jax.Array], bool]
@@ -45,6 +46,14 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> FlatTree
     """
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     return FlatTree([_join(keys) for keys, _ in keyed], [leaf for _, leaf in keyed], treedef)
+
+
+def entries(tree: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """{path: {name: leaf}} of nested dicts, as modules keep the state of their transforms."""
+    found: dict[str, dict[str, Any]] = {}
+    for (*path, name), leaf in flatten_dict(tree).items():
+        found.setdefault("/".join(map(str, path)), {})[name] = leaf
+    return found
 
 
 def is_weight(leaf: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxweights.levels.paths import check_rules, flatten
@@ -13,8 +14,12 @@ from jaxweights.levels.paths import check_rules, flatten
 def tie(params: Any, ties: Mapping[str, str]) -> Any:
     """Ties weights: replaces some leaves of a tree by others.
 
-    Inside a loss, the tied leaves are one weight. Its gradient is the sum over all its places, and the gradient of the
-    leaves that were replaced is 0.
+    Tie inside the loss: there, the tied leaves are one weight. Its gradient is the sum over all its places, and the
+    gradient of the leaves that were replaced is 0. An optimizer that updates a tied tree without tying it in the loss
+    moves each leaf by itself.
+
+    Outside `jit`, each replaced leaf is a copy with its own memory, so that a tied tree can be donated
+    (`donate_argnums`). Inside, a copy costs nothing.
 
     Args:
       params: any pytree.
@@ -47,4 +52,9 @@ def tie(params: Any, ties: Mapping[str, str]) -> Any:
         got, expected = (f"{jnp.result_type(leaves[p])}{list(jnp.shape(leaves[p]))}" for p in (source, place))
         if got != expected:
             raise ValueError(f"ties puts {source!r} {got} at {place!r} {expected}: they must have one shape and dtype")
-    return tree.replaced({place: leaves[source] for place, source in ties.items()})
+    return tree.replaced({place: _copy(leaves[source]) for place, source in ties.items()})
+
+
+def _copy(leaf: Any) -> Any:
+    """A leaf in memory of its own; leaves without a device buffer, such as shapes, as they are."""
+    return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf

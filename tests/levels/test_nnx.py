@@ -191,7 +191,7 @@ def test_a_scanned_stack_is_normalised_layer_by_layer():
             return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
 
     model = jw.nnx.transformed(Stack(nnx.Rngs(0)), jw.SpectralNorm(n_steps=100), rngs=nnx.Rngs(0))
-    assert model.weight_transform.fixed["layers/kernel"]["v"].shape == (3, 6)
+    assert model.weight_transform.fixed["layers"]["kernel"]["v"].shape == (3, 6)
     y = X
     for w in model.layers.kernel[...]:
         y = np.asarray(y) @ (np.asarray(w) / sigma(w))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from flax_modules import KEY, Layer, random_params, scanned
 
 import jaxweights as jw
@@ -81,7 +82,7 @@ def test_it_is_the_initialization_of_weight_normalization():
         np.testing.assert_allclose(scale[f"Dense_{i}/kernel"]["scale"], g, rtol=1e-4)
         np.testing.assert_allclose(new[f"Dense_{i}"]["bias"], b, rtol=1e-4, atol=1e-4)
         h = np.maximum(g * t + b, 0)
-    y = model.apply({"params": {**new, "weight_transform": scale}}, x)
+    y = model.apply({"params": {**new, "weight_transform": unflatten_dict(scale, sep="/")}}, x)
     np.testing.assert_allclose(np.maximum(y, 0), h, rtol=1e-3, atol=1e-4)
     check_standard(y)
 

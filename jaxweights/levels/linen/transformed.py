@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.traverse_util import unflatten_dict
 
 from jaxweights.core.transform import Transform
-from jaxweights.levels.paths import STATE, Where
+from jaxweights.levels.paths import STATE, Where, entries
 from jaxweights.levels.tree import BoundTransform, TreeState, on_tree
 
 
 class Transformed(nn.Module):
     """A Linen module that computes with transformed weights and stores the plain ones.
 
-    The parameters keep their names and are never overwritten. The state of the transform is stored beside them: learned
-    entries in the collection "params" under the name "weight_transform", all others in the collection
-    "weight_transform". `apply` updates that collection if it is mutable: `model.apply(variables, x)` evaluates,
-    `model.apply(variables, x, mutable=["weight_transform"])` is a training step.
+    The parameters keep their names and are never overwritten. The state of the transform is stored beside them, nested
+    as they are: learned entries in the collection "params" under the name "weight_transform", all others in the
+    collection "weight_transform". `apply` updates that collection if it is mutable: `model.apply(variables, x)`
+    evaluates, `model.apply(variables, x, mutable=["weight_transform"])` is a training step.
 
-    The wrapper has all public methods of the module (`method="encode"`).
+    The wrapper has all public methods of the module (`method="encode"`). `init` creates the variables that the module
+    creates without it; only a key that a module draws from "params" after making parameters of its own is another.
+
+    The stored state belongs to the weights before the last optimizer step. `update_state` brings it up to date, before
+    evaluation and whenever weights were loaded or averaged.
+
+    Averaging: average the parameters, keep the state of the last step, then call `update_state`. The state itself has
+    no meaningful average: it holds singular vectors, masks and counts.
 
     Attributes:
       module: any Linen module. It may use `nn.scan`, `nn.remat`, dropout, batch norm and `sow`.
@@ -77,14 +85,14 @@ class Transformed(nn.Module):
         def call(module):
             return getattr(module, method)(*args, **kwargs)
 
+        inner: set[str] = set()
         if self.is_initializing():
-            call(self.module)  # makes the parameters
+            inner = self._make_parameters(call)
         bound = on_tree(self.transform, self.where).bind(_plain(self.variables))
-        state = self._make(bound) if self.is_initializing() else _stored(bound, self.variables)
+        state = self._make(bound, inner) if self.is_initializing() else _stored(bound, self.variables)
         if state.fixed and self.is_mutable_collection(STATE) and not self.is_initializing():
             state = bound.update(state)
-            for path, entry in state.fixed.items():
-                self.put_variable(STATE, path, entry)
+            self._put(STATE, state.fixed)
 
         # Leaves are matched by identity: `swap` runs once per scope, and a submodule that is shared with another module
         # has its own scope.
@@ -101,16 +109,44 @@ class Transformed(nn.Module):
             raise ValueError(f"Transformed did not reach the weights {paths}: wrap the module that owns them")
         return y
 
-    def _make(self, bound: BoundTransform) -> TreeState:
-        """The state at initialization, from the key of the parameters."""
-        if self.has_variable("params", STATE) or self.variables.get(STATE):
-            return _stored(bound, self.variables)
-        state = bound.init(self.make_rng("params"))
+    def _make_parameters(self, call: Callable[[nn.Module], Any]) -> set[str]:
+        """Creates the parameters in a call that leaves no other trace: no caches, counters or draws of random keys.
+
+        Returns the paths of the weights whose state wrappers further in keep.
+        """
+        inner: set[str] = set()
+
+        def draw(module):
+            module.scope.rng_counters = _copy(module.scope.rng_counters)
+            before = _paths(module)
+            call(module)
+            inner.update(_paths(module) - before)
+
+        others = nn.DenyList("params")
+        nn.map_variables(draw, others, trans_out_fn=lambda _: {}, mutable=True)(self.module)
+        return inner
+
+    def _make(self, bound: BoundTransform, inner: set[str]) -> TreeState:
+        """The state at initialization: what an earlier call made, and the rest from the key of the parameters."""
+        # A scope of its own, so that the module draws the keys that it draws without the wrapper.
+        made = bound.init(self.scope.push(STATE, reuse=True).make_rng("params"))  # type: ignore[union-attr]
+        for path in made.fixed:
+            if path in inner:
+                raise ValueError(
+                    f"Transformed selects {path!r}, whose state a Transformed further in keeps: exclude it with where, "
+                    f"or compose the transforms there, Transformed(module, Chain(inner, outer))"
+                )
+        stored = _stored(bound, self.variables)
+        state = TreeState(made.learned | stored.learned, made.fixed | stored.fixed)
         if state.learned:
-            self.param(STATE, lambda _: state.learned)
-        for path, entry in state.fixed.items():
-            self.variable(STATE, path, lambda entry=entry: entry)
+            self.put_variable("params", STATE, unflatten_dict(state.learned, sep="/"))
+        self._put(STATE, state.fixed)
         return state
+
+    def _put(self, collection: str, state: Mapping[str, Any]) -> None:
+        """Stores entries by path beside those of wrappers further in."""
+        for name, value in unflatten_dict(state, sep="/").items():
+            self.put_variable(collection, name, value)
 
 
 def fold(model: Transformed, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,11 +172,63 @@ def fold(model: Transformed, variables: Mapping[str, Any]) -> dict[str, Any]:
     >>> print(fold(model, variables)["params"]["kernel"].sum())
     0.0
     """
-    if not isinstance(model, Transformed):
-        raise TypeError(f"model must be a linen.Transformed, got {type(model).__name__}: there is nothing to fold")
-    bound = on_tree(model.transform, model.where).bind(_plain(variables))
+    bound = _bind(model, variables, "fold")
     params = bound.tree.replaced(bound.apply(_stored(bound, variables)))
     return {name: value for name, value in variables.items() if name != STATE} | {"params": params}
+
+
+def update_state(model: Transformed, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables with the state of the transform updated for the current weights.
+
+    A training step updates the state, then the optimizer moves the weights: until the next step, the state belongs to
+    the old weights, and spectral normalization, say, leaves σ slightly above 1. Call this before evaluation, and after
+    loading or averaging weights. Learned entries stay. The update counts as a step of schedules, so go on training from
+    the variables that were given.
+
+    Args:
+      model: a `Transformed` module.
+      variables: all its collections. For one inside a larger model, its part of them. Of a whole model,
+        `model.apply(variables, x, mutable=["weight_transform"])[1]` updates the state for any input `x`.
+
+    Returns:
+      All collections, with the same structure.
+
+    Raises:
+      TypeError: `model` is not a `Transformed`.
+      ValueError: the state is missing.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> model = jw.linen.Transformed(nn.Dense(2), jw.SpectralNorm(n_steps=20))
+    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> variables["params"]["kernel"] = jnp.array([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    >>> kernel = fold(model, update_state(model, variables))["params"]["kernel"]
+    >>> print(jw.spectral_norm(kernel).round(4))
+    1.0
+    """
+    bound = _bind(model, variables, "update")
+    state = bound.update(_stored(bound, variables))
+    new = dict(variables)
+    if state.fixed:
+        new[STATE] = _merged(variables[STATE], unflatten_dict(state.fixed, sep="/"))
+    return new
+
+
+def _bind(model: Any, variables: Mapping[str, Any], verb: str) -> BoundTransform:
+    """The transform of a wrapper on its weights."""
+    if not isinstance(model, Transformed):
+        raise TypeError(
+            f"model must be a linen.Transformed, got {type(model).__name__}: there is nothing to {verb}. For a "
+            f"Transformed inside it, pass that and its part of the variables"
+        )
+    return on_tree(model.transform, model.where).bind(_plain(variables))
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Nested dicts with new leaves, among others."""
+    if not isinstance(new, Mapping):
+        return new
+    return {**old, **{name: _merged(old.get(name, {}), value) for name, value in new.items()}}
 
 
 def _plain(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +239,21 @@ def _plain(variables: Mapping[str, Any]) -> dict[str, Any]:
 def _stored(bound: BoundTransform, variables: Mapping[str, Any]) -> TreeState:
     """The stored state of a wrapper, without that of wrappers further in."""
 
-    def own(entries):
-        return {path: dict(entry) for path, entry in entries.items() if path in bound.weights}
+    def own(collection):
+        if flat := [name for name in collection if "/" in name]:
+            raise ValueError(
+                f"the state has the key {flat[0]!r}, as on_tree and earlier versions store it: nest it, as the "
+                f'parameters are, with flax.traverse_util: unflatten_dict(flatten_dict(state, sep="/"), sep="/")'
+            )
+        return {path: entry for path, entry in entries(collection).items() if path in bound.weights}
 
     return TreeState(own(variables.get("params", {}).get(STATE, {})), own(variables.get(STATE, {})))
+
+
+def _paths(module: nn.Module) -> set[str]:
+    """The paths of the weights whose state wrappers in a bound module keep."""
+    return set(entries(module.variables.get(STATE, {})))
+
+
+def _copy(counters: dict) -> dict:
+    return {key: _copy(value) if isinstance(value, dict) else value for key, value in counters.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 import types
@@ -10,9 +11,10 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from jaxweights.core.transform import State, Transform
-from jaxweights.levels.paths import STATE, Where
+from jaxweights.levels.paths import STATE, Where, entries
 from jaxweights.levels.tree import BoundTransform, TreeState, TreeTransform, on_tree
 
 M = TypeVar("M", bound=nnx.Module)
@@ -34,8 +36,16 @@ def transformed(
     The result is an instance of a subclass of the module's class and shares the module's variables. Attributes,
     parameter names and `isinstance` stay as they are, and no stored parameter is overwritten. Its methods run on a
     shadow of the module whose selected weights are transformed. Its attribute `weight_transform` holds the state of the
-    transform: learned entries as `nnx.Param`, all others as `TransformVariable`. A call updates them in training mode;
-    `model.train()` and `model.eval()` switch, as for dropout.
+    transform, nested as the weights are: learned entries as `nnx.Param`, all others as `TransformVariable`. A call
+    updates them in training mode; `model.train()` and `model.eval()` switch, as for dropout.
+
+    The state belongs to the weights before the last optimizer step. `update_state` brings it up to date, before
+    evaluation and whenever weights were loaded or averaged.
+
+    Averaging: average the parameters (`nnx.state(model, nnx.Param)`), keep the state of the last step, then call
+    `update_state`. The state itself has no meaningful average: it holds singular vectors, masks and counts.
+
+    The result pickles if its module does, as do its graph definition and its state.
 
     Args:
       module: any NNX module.
@@ -75,7 +85,7 @@ def transformed(
     key = rngs.params() if rngs is not None else jax.random.key(0)
     state = lifted.init(_params(module), key)
     new = _copy(module, lambda _, variable: variable, _transformed_class(type(module)))
-    setattr(new, STATE, _Control(lifted, state))
+    setattr(new, STATE, _Control(lifted, state, {_name(path): path for path, _ in _flat_params(module)}))
     return new
 
 
@@ -101,27 +111,62 @@ def fold(module: M) -> M:
     if not hasattr(module, STATE):
         raise ValueError(f"module is a {type(module).__name__} that is not transformed: there is nothing to fold")
     control = getattr(module, STATE)
-    plain = _shadow(module, type(module).__mro__[1], control.lifted.bind(_params(module)), control.read())
+    plain = _shadow(module, type(module).__mro__[1], control.lifted.bind(_params(module)), control._read())
     delattr(plain, STATE)
     return nnx.clone(plain)
+
+
+def update_state(module: nnx.Module) -> None:
+    """Updates the state of every transform in a module for the current weights, in place, in training and evaluation.
+
+    A training step updates the state, then the optimizer moves the weights: until the next step, the state belongs to
+    the old weights, and spectral normalization, say, leaves σ slightly above 1. Call this before evaluation, and after
+    loading or averaging weights. Learned entries stay. The update counts as a step of schedules: to go on training,
+    evaluate a copy, `nnx.clone(module)`.
+
+    Args:
+      module: what `transformed` returned, or a module that contains such modules.
+
+    Raises:
+      TypeError: `module` is not an NNX module.
+      ValueError: it contains no transformed module.
+
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> model = transformed(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jw.SpectralNorm(n_steps=20))
+    >>> model.kernel[...] = jnp.array([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    >>> update_state(model)
+    >>> print(jw.spectral_norm(fold(model).kernel[...]).round(4))
+    1.0
+    """
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"module must be an nnx.Module, got {module!r}: Linen has linen.update_state")
+    controls = [(node, getattr(node, STATE)) for node in _nodes(module) if hasattr(node, STATE)]
+    if not controls:
+        raise ValueError(f"module is a {type(module).__name__} without a transformed module in it: nothing to update")
+    for node, control in controls:
+        control._write(control.lifted.bind(_params(node)).update(control._read()))
 
 
 class _Control(nnx.Module):
     """The state of the transform and whether calls move it."""
 
-    def __init__(self, lifted: TreeTransform, state: TreeState):
+    # Methods are private, because `nnx.tabulate` prints the arguments of all public ones.
+
+    def __init__(self, lifted: TreeTransform, state: TreeState, nested: Mapping[str, tuple]):
         self.lifted = lifted
         self.deterministic = False
-        self.learned = _variables(nnx.Param, state.learned)
-        self.fixed = _variables(TransformVariable, state.fixed)
+        self.learned = _variables(nnx.Param, state.learned, nested)
+        self.fixed = _variables(TransformVariable, state.fixed, nested)
 
-    def read(self) -> TreeState:
+    def _read(self) -> TreeState:
         return TreeState(_values(self.learned), _values(self.fixed))
 
-    def write(self, state: TreeState) -> None:
-        for path, entry in state.fixed.items():
-            for name, value in entry.items():
-                self.fixed[path][name][...] = value
+    def _write(self, state: TreeState) -> None:
+        for path, entry in entries(self.fixed).items():
+            for name, variable in entry.items():
+                variable[...] = state.fixed[path][name]
 
     def set_view(self, deterministic: bool | None = None, **kwargs) -> dict:
         """Class method used by `nnx.view`.
@@ -135,12 +180,12 @@ class _Control(nnx.Module):
         return kwargs
 
 
-def _variables(kind: type[nnx.Variable], part: dict[str, State]) -> Any:
-    return nnx.data({path: {n: kind(a) for n, a in entry.items()} for path, entry in part.items()})
+def _variables(kind: type[nnx.Variable], part: dict[str, State], nested: Mapping[str, tuple]) -> Any:
+    return nnx.data(unflatten_dict({(*nested[p], n): kind(a) for p, entry in part.items() for n, a in entry.items()}))
 
 
 def _values(part: Any) -> dict[str, State]:
-    return {path: {n: v[...] for n, v in entry.items()} for path, entry in part.items()}
+    return {path: {n: v[...] for n, v in entry.items()} for path, entry in entries(part).items()}
 
 
 def _copy(module: Any, variable: Callable[[tuple, nnx.Variable], nnx.Variable], cls: type[nnx.Module]) -> Any:
@@ -151,10 +196,17 @@ def _copy(module: Any, variable: Callable[[tuple, nnx.Variable], nnx.Variable], 
     return new
 
 
+def _flat_params(module: nnx.Module) -> list[tuple[tuple, Any]]:
+    """The parameters and their paths, without those of the transform itself."""
+    return [(path, v) for path, v in nnx.to_flat_state(nnx.state(module, nnx.Param)) if STATE not in path]
+
+
 def _params(module: nnx.Module) -> dict[str, jax.Array]:
-    """{path: array} of the parameters, without those of the transform itself."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {"/".join(map(str, path)): v[...] for path, v in flat if STATE not in path}
+    return {_name(path): v[...] for path, v in _flat_params(module)}
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))
 
 
 def _shadow(module: Any, base: type[nnx.Module], bound: BoundTransform, state: TreeState) -> Any:
@@ -162,7 +214,7 @@ def _shadow(module: Any, base: type[nnx.Module], bound: BoundTransform, state: T
     new = bound.apply(state)
 
     def swap(path, variable):
-        name = "/".join(map(str, path))
+        name = _name(path)
         return variable if new.get(name) is bound.weights.get(name) else variable.replace(new[name])
 
     return _copy(module, swap, base)
@@ -171,10 +223,10 @@ def _shadow(module: Any, base: type[nnx.Module], bound: BoundTransform, state: T
 def _call(self: Any, base: type[nnx.Module], method: str, args: tuple, kwargs: dict) -> Any:
     """Runs a method of the original class on a shadow with transformed weights."""
     control = getattr(self, STATE)
-    bound, state = control.lifted.bind(_params(self)), control.read()
+    bound, state = control.lifted.bind(_params(self)), control._read()
     if state.fixed and not control.deterministic:
         state = bound.update(state)
-        control.write(state)
+        control._write(state)
     shadow = _shadow(self, base, bound, state)
     pairs = [(mine, its, dict(vars(its))) for mine, its in zip(_nodes(self), _nodes(shadow), strict=True)]
     y = getattr(base, method)(shadow, *args, **kwargs)
@@ -208,6 +260,14 @@ def _transformed_class(base: type[nnx.Module]) -> type[nnx.Module]:
         if inspect.isfunction(f) and (n == "__call__" or not n.startswith("_")) and n != "set_view"
     }
     # A subclass is a pytree unless it says otherwise, whatever its base is.
-    options = {"pytree": getattr(base, "_pytree__is_pytree", True)}
+    options = {"metaclass": _metaclass(type(base)), "pytree": getattr(base, "_pytree__is_pytree", True)}
     body = {**methods, "__module__": base.__module__}
     return types.new_class(f"Transformed{base.__name__}", (base,), options, lambda namespace: namespace.update(body))
+
+
+@functools.cache
+def _metaclass(base: type) -> type:
+    """The type of transformed classes, which pickle as a call that makes them: they have no name to be found under."""
+    metaclass = type(f"Transformed{base.__name__}", (base,), {})
+    copyreg.pickle(metaclass, lambda cls: (_transformed_class, (cls.__mro__[1],)))  # type: ignore[arg-type]
+    return metaclass
