@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxweights.core.axes import axis_tuple
-from jaxweights.core.checks import check_integer, check_mask, check_scalar, check_weight
+from jaxweights.core.checks import check_dtype, check_integer, check_mask, check_scalar, check_weight
+from jaxweights.core.devices import device_sum
+from jaxweights.core.features import check_axis, other_axes, spread
+from jaxweights.numerics.moments import DeviceSum
 from jaxweights.numerics.standardize import normalize
 
 
@@ -17,31 +19,41 @@ def layer_norm(
     bias: jax.Array | None = None,
     *,
     axis: int | Sequence[int] = -1,
+    feature_axes: int | Sequence[int] | None = None,
     where: jax.Array | None = None,
+    axis_name=None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
     eps: float = 1e-6,
+    dtype=None,
 ) -> jax.Array:
     """Standardises each sample over its features.
 
-    y = (x − μ)/√(σ² + ε)·scale + bias with μ and biased σ² over `axis`, in two passes. The backward pass stores `x` in
-    its own dtype and two numbers per sample. Forward and reverse mode work, to any order.
+    y = (x − μ)/√(σ² + ε)·scale + bias with μ and biased σ² over `axis`. μ is kept as two floats, so a mean far from 0
+    costs no digits. The backward pass stores `x` in its own dtype and three numbers per sample. Forward and reverse
+    mode work, to any order.
 
     Args:
       x: float array with at least one axis.
-      scale: shape of the normalised axes; 1 by default.
-      bias: shape of the normalised axes; 0 by default.
+      scale: shape of the feature axes; 1 by default.
+      bias: shape of the feature axes; 0 by default.
       axis: axis or axes to normalise over.
+      feature_axes: axis or axes along which `scale` and `bias` vary, by default those of `axis`.
       where: boolean array that broadcasts to `x`; only true entries count in μ and σ². The others are standardised
         too, and may be NaN.
+      axis_name: name(s) of mapped axes that split a sample over devices.
+      axis_index_groups: groups of indices of the mapped axis, each with samples of its own, such as [[0, 1], [2, 3]].
       eps: ε >= 0. No gradient flows to it.
+      dtype: float dtype of the result, by default that of `x`.
 
     Returns:
-      Array of the shape and dtype of `x`, computed in float32 or wider. A sample that is constant, has no entry that
-      counts, or has a variance beyond the range of float32 becomes 0 before `scale` and `bias`. NaN does not spread to
-      other samples.
+      Array of the shape of `x`, computed in float32 or wider. A sample that is constant or has no entry that counts
+      becomes 0 before `scale` and `bias`. σ² may be beyond the range of float32, but Σ|x| may not: the sample becomes
+      NaN. NaN does not spread to other samples.
 
     Raises:
-      TypeError: `x`, `scale` or `bias` is not a float array, or `where` is not a boolean array.
-      ValueError: `axis` or a shape does not fit, or `eps` is negative or NaN.
+      TypeError: `x`, `scale` or `bias` is not a float array, `where` is not a boolean array, or `dtype` is not a float
+        dtype.
+      ValueError: an axis, a shape or a group does not fit, or `eps` is negative or NaN.
 
     >>> import jax.numpy as jnp
     >>> print(layer_norm(jnp.array([[1.0, 3.0], [5.0, 5.0]]), eps=0.5).round(2))
@@ -50,7 +62,8 @@ def layer_norm(
 
     References: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450, 2016.
     """
-    return _normalize_samples(x, scale, bias, axis, where, eps, centered=True)
+    merge = device_sum(axis_name, axis_index_groups)
+    return _normalize_samples(x, scale, bias, axis, feature_axes, where, merge, eps, dtype, centered=True)
 
 
 def rms_norm(
@@ -58,8 +71,12 @@ def rms_norm(
     scale: jax.Array | None = None,
     *,
     axis: int | Sequence[int] = -1,
+    feature_axes: int | Sequence[int] | None = None,
     where: jax.Array | None = None,
+    axis_name=None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
     eps: float = 1e-6,
+    dtype=None,
 ) -> jax.Array:
     """Divides each sample by its root mean square.
 
@@ -71,7 +88,8 @@ def rms_norm(
 
     References: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467, 2019.
     """
-    return _normalize_samples(x, scale, None, axis, where, eps, centered=False)
+    merge = device_sum(axis_name, axis_index_groups)
+    return _normalize_samples(x, scale, None, axis, feature_axes, where, merge, eps, dtype, centered=False)
 
 
 def group_norm(
@@ -80,8 +98,12 @@ def group_norm(
     bias: jax.Array | None = None,
     *,
     n_groups: int,
+    axis: int | Sequence[int] | None = None,
     where: jax.Array | None = None,
+    axis_name=None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
     eps: float = 1e-6,
+    dtype=None,
 ) -> jax.Array:
     """Standardises each sample over the positions and features of each group of features.
 
@@ -92,16 +114,21 @@ def group_norm(
       scale: shape (features,); 1 by default.
       bias: shape (features,); 0 by default.
       n_groups: number of groups, a divisor of the features.
+      axis: axes to normalise over, the last among them; by default all but the first.
       where: boolean array that broadcasts to `x`, as for `layer_norm`.
+      axis_name: name(s) of mapped axes that split a sample over devices.
+      axis_index_groups: groups of indices of the mapped axis, as for `layer_norm`.
       eps: ε >= 0. No gradient flows to it.
+      dtype: float dtype of the result, by default that of `x`.
 
     Returns:
-      Array of the shape and dtype of `x`, as in `layer_norm`, with each group of a sample as a sample.
+      Array of the shape of `x`, as in `layer_norm`, with each group of a sample as a sample.
 
     Raises:
-      TypeError: `x`, `scale` or `bias` is not a float array, `where` is not a boolean array, or `n_groups` is not an
-        integer.
-      ValueError: `n_groups` does not divide the features, a shape does not fit, or `eps` is negative or NaN.
+      TypeError: `x`, `scale` or `bias` is not a float array, `where` is not a boolean array, `n_groups` is not an
+        integer, or `dtype` is not a float dtype.
+      ValueError: `n_groups` does not divide the features, an axis, a shape or a group does not fit, or `eps` is
+        negative or NaN.
 
     >>> import jax.numpy as jnp
     >>> print(group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), n_groups=2, eps=0.0))
@@ -112,25 +139,33 @@ def group_norm(
     x = check_weight(x, "x")
     check_integer("n_groups", n_groups, 1)
     check_scalar("eps", eps, 0)
-    if x.ndim < 2:
+    if x.ndim < 2 and axis is None:
         raise ValueError(f"x must have shape (batch, ..., features), got {x.shape}: add a batch axis with x[None]")
+    over = check_axis(range(1, x.ndim) if axis is None else axis, x.shape)
+    last = x.ndim - 1
+    if last not in over:
+        raise ValueError(f"axis must include the last axis of x {x.shape}, which is split into groups, got {axis!r}")
     if x.shape[-1] % n_groups:
         raise ValueError(f"n_groups={n_groups} does not divide the {x.shape[-1]} features of x {x.shape}")
-    features = (x.ndim - 1,)
-    scale, bias = (
-        _per_feature("scale", scale, x.shape, features),
-        _per_feature("bias", bias, x.shape, features),
-    )
-    groups = (n_groups, x.shape[-1] // n_groups)
+    scale, bias = (spread(n, v, x.shape, (last,), _PER_FEATURE) for n, v in (("scale", scale), ("bias", bias)))
 
     def split(a):
-        return None if a is None else a.reshape(groups)
+        """Splits the last axis into groups, unless it is broadcast."""
+        if a is None:
+            return None
+        return a.reshape(*a.shape[:-1], *((n_groups, a.shape[-1] // n_groups) if a.shape[-1] > 1 else (1, 1)))
 
-    if where is not None:
-        where = check_mask(where, x.shape)
-        where = where.reshape(*where.shape[:-1], *(groups if where.shape[-1] > 1 else (1, 1)))
-    axis = (*range(1, x.ndim - 1), x.ndim)
-    y = normalize(x.reshape(*x.shape[:-1], *groups), split(scale), split(bias), eps, axis=axis, where=where)
+    batch = x.reshape(*x.shape[:-1], n_groups, x.shape[-1] // n_groups)
+    y = normalize(
+        batch,
+        split(scale),
+        split(bias),
+        eps,
+        axis=(*over[:-1], last + 1),
+        where=split(None if where is None else check_mask(where, x.shape)),
+        device_sum=device_sum(axis_name, axis_index_groups),
+        dtype=x.dtype if dtype is None else check_dtype(dtype),
+    )
     return y.reshape(x.shape)
 
 
@@ -139,10 +174,17 @@ def instance_norm(
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
     *,
+    feature_axes: int | Sequence[int] = -1,
     where: jax.Array | None = None,
+    axis_name=None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
     eps: float = 1e-6,
+    dtype=None,
 ) -> jax.Array:
     """Standardises each feature of each sample over its positions: `group_norm` with one feature per group.
+
+    μ and σ² are taken over all axes but the first, of the batch, and the `feature_axes`, which `scale` and `bias` have
+    the shape of. Arguments, result and errors as in `layer_norm`.
 
     >>> import jax.numpy as jnp
     >>> print(instance_norm(jnp.array([[[1.0], [3.0]]]), eps=0.0).ravel())
@@ -152,23 +194,16 @@ def instance_norm(
     Stylization, arXiv:1607.08022, 2016.
     """
     x = check_weight(x, "x")
-    if x.ndim < 3:
+    features = check_axis(feature_axes, x.shape, "feature_axes")
+    over = other_axes((0, *features), x.ndim)
+    if 0 in features:
+        raise ValueError(
+            f"feature_axes must not include axis 0 of x {x.shape}, that of the batch, got {feature_axes!r}"
+        )
+    if not over:
         raise ValueError(f"x must have shape (batch, *positions, features), got {x.shape}: it has no positions")
-    return group_norm(x, scale, bias, n_groups=max(1, x.shape[-1]), where=where, eps=eps)
-
-
-def check_axis(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Converts `axis` to sorted non-negative axes of an array of this shape, or raises."""
-    axes = axis_tuple("axis", axis)
-    ndim = len(shape)
-    if not ndim:
-        raise ValueError("x must have at least one axis, got a scalar: add one with x[None]")
-    if not axes or any(not -ndim <= a < ndim for a in axes):
-        raise ValueError(f"axis must name axes of x {shape} from {-ndim} to {ndim - 1}, got {axis!r}")
-    resolved = tuple(sorted(a % ndim for a in axes))
-    if len(set(resolved)) < len(resolved):
-        raise ValueError(f"axis must name axes of x {shape} once each, got {axis!r}")
-    return resolved
+    merge = device_sum(axis_name, axis_index_groups)
+    return _normalize_samples(x, scale, bias, over, features, where, merge, eps, dtype, centered=True)
 
 
 def count_groups(n_features: int, num_groups: int | None, group_size: int | None) -> int:
@@ -187,21 +222,19 @@ def count_groups(n_features: int, num_groups: int | None, group_size: int | None
     return n_features // group_size
 
 
-def _normalize_samples(x, scale, bias, axis, where, eps, centered: bool) -> jax.Array:
+def _normalize_samples(
+    x, scale, bias, axis, feature_axes, where, device_sum: DeviceSum | None, eps, dtype, *, centered: bool
+) -> jax.Array:
     x = check_weight(x, "x")
     over = check_axis(axis, x.shape)
-    scale, bias = _per_feature("scale", scale, x.shape, over), _per_feature("bias", bias, x.shape, over)
+    features, of = over, "the normalised axes of x"
+    if feature_axes is not None:
+        features, of = check_axis(feature_axes, x.shape, "feature_axes"), _PER_FEATURE
+    scale, bias = (spread(n, v, x.shape, features, of) for n, v in (("scale", scale), ("bias", bias)))
     where = None if where is None else check_mask(where, x.shape)
     check_scalar("eps", eps, 0)
-    return normalize(x, scale, bias, eps, axis=over, where=where, centered=centered)
+    dtype = x.dtype if dtype is None else check_dtype(dtype)
+    return normalize(x, scale, bias, eps, axis=over, where=where, device_sum=device_sum, centered=centered, dtype=dtype)
 
 
-def _per_feature(name: str, value, shape: tuple[int, ...], over: Sequence[int]) -> jax.Array | None:
-    """Reshapes `value` from the shape of the axes `over` to broadcast to `shape`; raises if it does not fit."""
-    if value is None:
-        return None
-    value = check_weight(value, name)
-    expected = tuple(shape[a] for a in over)
-    if value.shape != expected:
-        raise ValueError(f"{name} must have shape {expected}, the normalised axes of x, got {value.shape}")
-    return value.reshape([s if a in over else 1 for a, s in enumerate(shape)])
+_PER_FEATURE = "one per feature of x"

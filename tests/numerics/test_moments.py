@@ -7,6 +7,7 @@ import pytest
 from jax.test_util import check_grads
 from x64 import enable_x64
 
+from jaxweights.core.devices import device_sum
 from jaxweights.numerics.moments import moments
 
 FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -57,7 +58,9 @@ def test_moments_merge_to_one_big_batch(n_devices):
     where = np.random.default_rng(2).random((12, 5)) < 0.6
     where[0] = where[5] = True
     split = lambda a: jnp.asarray(a).reshape(n_devices, -1, 5)
-    merged = jax.jit(jax.vmap(lambda x, where: moments(x, (0,), where=where, axis_name="d"), axis_name="d"))
+    merged = jax.jit(
+        jax.vmap(lambda x, where: moments(x, (0,), where=where, device_sum=device_sum("d")), axis_name="d")
+    )
     mean, var, count = merged(split(np.float32(x)), split(where))
     for i in range(n_devices):
         np.testing.assert_array_equal(count[i, 0], where.sum(0))
@@ -68,7 +71,7 @@ def test_moments_merge_to_one_big_batch(n_devices):
 def test_moments_merge_gradient():
     with enable_x64(True):
         x = jnp.asarray(normal(4, 3, 2))
-        merged = jax.vmap(lambda x: moments(x, (0,), axis_name="d")[:2], axis_name="d")
+        merged = jax.vmap(lambda x: moments(x, (0,), device_sum=device_sum("d"))[:2], axis_name="d")
         check_grads(jax.jit(merged), (x,), order=1, rtol=1e-6)
 
 

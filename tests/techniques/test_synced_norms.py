@@ -79,3 +79,65 @@ def test_sharded_arrays_in_a_plain_jit(name, masked, kind):
     compiled = jax.jit(run).lower(*args).compile()
     assert "all-gather" not in compiled.as_text()
     close(compiled(*args), jax.jit(run)(X, WHERE, SCALE, BIAS, CT))
+
+
+GROUPS = [[0, 3], [1, 2, 4], [5, 6, 7]]
+
+
+def by_groups(f):
+    """f on each group of devices as one batch, in the order of the devices."""
+
+    def run(x):
+        parts = x.reshape(8, 2, *x.shape[1:])
+        out = jnp.zeros_like(parts)
+        for group in GROUPS:
+            rows = jnp.asarray(group)
+            out = out.at[rows].set(f(parts[rows].reshape(-1, *x.shape[1:])).reshape(-1, *parts.shape[1:]))
+        return out.reshape(x.shape)
+
+    return run
+
+
+@pytest.mark.parametrize("mapped", ["vmap", "shard_map"])
+def test_groups_of_devices_are_batches_of_their_own(mapped):
+    """Of any size; `jax.lax.psum` has no groups in either map."""
+    norm = lambda x: jw.batch_norm(x, SCALE, BIAS, axis_name="d", axis_index_groups=GROUPS)
+    if mapped == "vmap":
+        each = lambda x: jax.vmap(norm, axis_name="d")(x.reshape(8, 2, *x.shape[1:])).reshape(x.shape)
+    else:
+        each = jax.shard_map(norm, mesh=mesh("Auto"), in_specs=SPLIT, out_specs=SPLIT)
+    expected = by_groups(lambda x: jw.batch_norm(x, SCALE, BIAS))
+    both = jax.jit(lambda x: [value_and_pull(f, (x,), CT) for f in (each, expected)])
+    close(*both(X))
+
+
+@pytest.mark.parametrize("name", ["layer", "rms", "group", "instance"])
+def test_samples_split_over_devices(name):
+    """The axis that is split is one that the norm reduces: features for layer norm, positions for the others."""
+    axis = 2 if name in ("layer", "rms") else 1
+    x, ct = (jnp.moveaxis(a, 0, axis) for a in (X, CT))
+    scale, bias = (None, None) if axis == 2 else (SCALE, BIAS)
+    f = lambda x, **o: NORMS[name](x, scale, bias, **o)
+    spec = PartitionSpec(*[None] * axis, "d")
+    each = jax.shard_map(lambda x: f(x, axis_name="d"), mesh=mesh("Auto"), in_specs=spec, out_specs=spec)
+    close(*jax.jit(lambda x: [value_and_pull(g, (x,), ct) for g in (each, f)])(x))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_distant_mean_and_large_squares_over_a_mapped_axis(masked, optimizing):
+    """As for one batch, to 2e-6 at a mean of 1e4, and where squares overflow; gradients too."""
+    split = lambda a: a.reshape(8, 2, *a.shape[1:])
+    norm = lambda x, where: jw.batch_norm(x, where=where if masked else None, axis_name="d", eps=0.0)
+    each = lambda x: jax.vmap(norm, axis_name="d")(split(x), split(WHERE)).reshape(x.shape)
+    run = jax.jit(lambda x, ct: value_and_pull.__wrapped__(each, (x,), ct), compiler_options=optimizing)
+    where = np.broadcast_to(WHERE if masked else True, X.shape)
+    ct = np.where(where, CT, 0)
+    for shift, factor in ((1e4, 1.0), (0.0, 2.0**100), (0.0, 2.0**-100)):
+        x = np.float32((np.float64(X) + shift) * factor)
+        z = np.float64(x) - np.float64(x).mean((0, 1), where=where)
+        deviation = np.sqrt((z**2).mean((0, 1), where=where))
+        z = z / deviation
+        slope = ct - ct.mean((0, 1), where=where) - z * (ct * z).mean((0, 1), where=where)
+        y, gradient = run(x, ct)
+        np.testing.assert_allclose(y, z, rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(np.float64(gradient) * deviation, np.where(where, slope, 0), rtol=1e-5, atol=1e-5)

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from jaxweights.core.checks import check_shape
-from jaxweights.levels.nnx.variables import scale_and_bias, value
+from jaxweights.levels.nnx.variables import (
+    ONES,
+    ZEROS,
+    Initializer,
+    PromoteDtype,
+    feature_shape,
+    learned,
+    promote_dtype,
+    result_dtype,
+    static,
+    value,
+)
 from jaxweights.techniques.layer_norm import count_groups, group_norm, instance_norm, layer_norm, rms_norm
+
+NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalization. Parameters are named as in Flax.
+    """Layer normalization. Arguments and parameters are named as in Flax.
 
     Args:
-      num_features: size of the normalised axis, or sizes of the axes.
+      num_features: size of the feature axis, or sizes of the axes.
       epsilon: ε under the root.
+      dtype: dtype of the result; by default that of the input and the parameters together.
+      param_dtype: dtype of the parameters.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
       reduction_axes: axis or axes to normalise over.
-      rngs: accepted for compatibility with Flax's modules; not used.
+      feature_axes: axis or axes along which the scale and the bias vary.
+      axis_name: name(s) of mapped axes that split a sample over devices.
+      axis_index_groups: groups of indices of the mapped axis, each with samples of its own.
+      promote_dtype: function that promotes (x, scale, bias) to `dtype`; it decides the dtype of the result.
+      rngs: makes the keys of the initializers. The default ones need none.
+      bias_metadata: metadata of the bias, such as its sharding.
+      scale_metadata: metadata of the scale.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
@@ -34,30 +59,53 @@ class LayerNorm(nnx.Module):
         num_features: int | Sequence[int],
         *,
         epsilon: float = 1e-6,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
         use_bias: bool = True,
         use_scale: bool = True,
+        bias_init: Initializer = ZEROS,
+        scale_init: Initializer = ONES,
         reduction_axes: int | Sequence[int] = -1,
+        feature_axes: int | Sequence[int] = -1,
+        axis_name: Any = None,
+        axis_index_groups: Any = None,
+        promote_dtype: PromoteDtype = promote_dtype,
         rngs: nnx.Rngs | None = None,
+        bias_metadata: Mapping[str, Any] = NO_METADATA,
+        scale_metadata: Mapping[str, Any] = NO_METADATA,
     ):
-        del rngs
-        self.scale, self.bias = scale_and_bias(_shape(num_features), use_scale, use_bias)
-        self.epsilon, self.reduction_axes = epsilon, _static(reduction_axes)
+        shape = feature_shape(num_features)
+        self.scale = learned("scale", use_scale, shape, scale_init, param_dtype, scale_metadata, rngs)
+        self.bias = learned("bias", use_bias, shape, bias_init, param_dtype, bias_metadata, rngs)
+        self.epsilon, self.dtype, self.promote_dtype = epsilon, dtype, promote_dtype
+        self.reduction_axes, self.feature_axes = static(reduction_axes), static(feature_axes)
+        self.axis_name, self.axis_index_groups = axis_name, static(axis_index_groups)
 
     def __call__(self, x: jax.Array, *, mask=None) -> jax.Array:
         """Normalises `x` within each sample; only entries where `mask` is true count."""
-        scale, bias = value(self.scale), value(self.bias)
-        return layer_norm(x, scale, bias, axis=self.reduction_axes, where=mask, eps=self.epsilon)
+        arrays = x, value(self.scale), value(self.bias)
+        return layer_norm(
+            *arrays, axis=self.reduction_axes, feature_axes=self.feature_axes, where=mask, **_common(self, *arrays)
+        )
 
 
 class RMSNorm(nnx.Module):
-    """RMS normalization: division by the root mean square. The parameter is named as in Flax.
+    """RMS normalization: division by the root mean square. Arguments and the parameter are named as in Flax.
 
     Args:
-      num_features: size of the axis that the mean square is taken over, or sizes of the axes.
+      num_features: size of the feature axis, or sizes of the axes.
       epsilon: ε under the root.
+      dtype: dtype of the result; by default that of the input and the parameters together.
+      param_dtype: dtype of the parameters.
       use_scale: whether to multiply by a learned scale.
+      scale_init: initializer of the scale.
       reduction_axes: axis or axes to take the mean square over.
-      rngs: accepted for compatibility with Flax's modules; not used.
+      feature_axes: axis or axes along which the scale varies.
+      axis_name: name(s) of mapped axes that split a sample over devices.
+      axis_index_groups: groups of indices of the mapped axis, each with samples of its own.
+      promote_dtype: function that promotes (x, scale) to `dtype`; it decides the dtype of the result.
+      rngs: makes the keys of the initializers. The default ones need none.
+      scale_metadata: metadata of the scale, such as its sharding.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
@@ -70,30 +118,53 @@ class RMSNorm(nnx.Module):
         num_features: int | Sequence[int],
         *,
         epsilon: float = 1e-6,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
         use_scale: bool = True,
+        scale_init: Initializer = ONES,
         reduction_axes: int | Sequence[int] = -1,
+        feature_axes: int | Sequence[int] = -1,
+        axis_name: Any = None,
+        axis_index_groups: Any = None,
+        promote_dtype: PromoteDtype = promote_dtype,
         rngs: nnx.Rngs | None = None,
+        scale_metadata: Mapping[str, Any] = NO_METADATA,
     ):
-        del rngs
-        self.scale, _ = scale_and_bias(_shape(num_features), use_scale, False)
-        self.epsilon, self.reduction_axes = epsilon, _static(reduction_axes)
+        shape = feature_shape(num_features)
+        self.scale = learned("scale", use_scale, shape, scale_init, param_dtype, scale_metadata, rngs)
+        self.epsilon, self.dtype, self.promote_dtype = epsilon, dtype, promote_dtype
+        self.reduction_axes, self.feature_axes = static(reduction_axes), static(feature_axes)
+        self.axis_name, self.axis_index_groups = axis_name, static(axis_index_groups)
 
     def __call__(self, x: jax.Array, *, mask=None) -> jax.Array:
         """Normalises `x` within each sample; only entries where `mask` is true count."""
-        return rms_norm(x, value(self.scale), axis=self.reduction_axes, where=mask, eps=self.epsilon)
+        arrays = x, value(self.scale)
+        return rms_norm(
+            *arrays, axis=self.reduction_axes, feature_axes=self.feature_axes, where=mask, **_common(self, *arrays)
+        )
 
 
 class GroupNorm(nnx.Module):
-    """Group normalization. Parameters are named as in Flax.
+    """Group normalization. Arguments and parameters are named as in Flax.
 
     Args:
       num_features: size of the last axis.
       num_groups: number of groups of features; None if `group_size` is given.
       group_size: number of features per group, instead of `num_groups`.
       epsilon: ε under the root.
+      dtype: dtype of the result; by default that of the input and the parameters together.
+      param_dtype: dtype of the parameters.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
-      rngs: accepted for compatibility with Flax's modules; not used.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      reduction_axes: axes to normalise over, the last among them; by default all but the first.
+      axis_name: name(s) of mapped axes that split a sample over devices.
+      axis_index_groups: groups of indices of the mapped axis, each with samples of its own.
+      promote_dtype: function that promotes (x, scale, bias) to `dtype`; it decides the dtype of the result.
+      rngs: makes the keys of the initializers. The default ones need none.
+      bias_metadata: metadata of the bias, such as its sharding.
+      scale_metadata: metadata of the scale.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
@@ -108,31 +179,55 @@ class GroupNorm(nnx.Module):
         group_size: int | None = None,
         *,
         epsilon: float = 1e-6,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
         use_bias: bool = True,
         use_scale: bool = True,
+        bias_init: Initializer = ZEROS,
+        scale_init: Initializer = ONES,
+        reduction_axes: int | Sequence[int] | None = None,
+        axis_name: Any = None,
+        axis_index_groups: Any = None,
+        promote_dtype: PromoteDtype = promote_dtype,
         rngs: nnx.Rngs | None = None,
+        bias_metadata: Mapping[str, Any] = NO_METADATA,
+        scale_metadata: Mapping[str, Any] = NO_METADATA,
     ):
-        del rngs
-        shape = check_shape("num_features", (num_features,))
+        shape = feature_shape(num_features)
+        self.scale = learned("scale", use_scale, shape, scale_init, param_dtype, scale_metadata, rngs)
+        self.bias = learned("bias", use_bias, shape, bias_init, param_dtype, bias_metadata, rngs)
+        self.epsilon, self.dtype, self.promote_dtype = epsilon, dtype, promote_dtype
         self.n_groups = count_groups(num_features, num_groups, group_size)
-        self.scale, self.bias = scale_and_bias(shape, use_scale, use_bias)
-        self.epsilon = epsilon
+        self.reduction_axes = static(reduction_axes)
+        self.axis_name, self.axis_index_groups = axis_name, static(axis_index_groups)
 
     def __call__(self, x: jax.Array, *, mask=None) -> jax.Array:
         """Normalises `x`, shape (batch, ..., features), per sample and group; only true entries of `mask` count."""
-        scale, bias = value(self.scale), value(self.bias)
-        return group_norm(x, scale, bias, n_groups=self.n_groups, where=mask, eps=self.epsilon)
+        arrays = x, value(self.scale), value(self.bias)
+        return group_norm(
+            *arrays, n_groups=self.n_groups, axis=self.reduction_axes, where=mask, **_common(self, *arrays)
+        )
 
 
 class InstanceNorm(nnx.Module):
-    """Instance normalization. Parameters are named as in Flax.
+    """Instance normalization. Arguments and parameters are named as in Flax.
 
     Args:
-      num_features: size of the last axis.
+      num_features: size of the feature axis, or sizes of the axes.
       epsilon: ε under the root.
+      dtype: dtype of the result; by default that of the input and the parameters together.
+      param_dtype: dtype of the parameters.
       use_bias: whether to add a learned bias.
       use_scale: whether to multiply by a learned scale.
-      rngs: accepted for compatibility with Flax's modules; not used.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      feature_axes: axis or axes of the features. All others but the first, of the batch, are normalised over.
+      axis_name: name(s) of mapped axes that split a sample over devices.
+      axis_index_groups: groups of indices of the mapped axis, each with samples of its own.
+      promote_dtype: function that promotes (x, scale, bias) to `dtype`; it decides the dtype of the result.
+      rngs: makes the keys of the initializers. The default ones need none.
+      bias_metadata: metadata of the bias, such as its sharding.
+      scale_metadata: metadata of the scale.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
@@ -142,25 +237,41 @@ class InstanceNorm(nnx.Module):
 
     def __init__(
         self,
-        num_features: int,
+        num_features: int | Sequence[int],
         *,
         epsilon: float = 1e-6,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
         use_bias: bool = True,
         use_scale: bool = True,
+        bias_init: Initializer = ZEROS,
+        scale_init: Initializer = ONES,
+        feature_axes: int | Sequence[int] = -1,
+        axis_name: Any = None,
+        axis_index_groups: Any = None,
+        promote_dtype: PromoteDtype = promote_dtype,
         rngs: nnx.Rngs | None = None,
+        bias_metadata: Mapping[str, Any] = NO_METADATA,
+        scale_metadata: Mapping[str, Any] = NO_METADATA,
     ):
-        del rngs
-        self.scale, self.bias = scale_and_bias(check_shape("num_features", (num_features,)), use_scale, use_bias)
-        self.epsilon = epsilon
+        shape = feature_shape(num_features)
+        self.scale = learned("scale", use_scale, shape, scale_init, param_dtype, scale_metadata, rngs)
+        self.bias = learned("bias", use_bias, shape, bias_init, param_dtype, bias_metadata, rngs)
+        self.epsilon, self.dtype, self.promote_dtype = epsilon, dtype, promote_dtype
+        self.feature_axes = static(feature_axes)
+        self.axis_name, self.axis_index_groups = axis_name, static(axis_index_groups)
 
     def __call__(self, x: jax.Array, *, mask=None) -> jax.Array:
         """Normalises each feature of each sample of `x`, shape (batch, *positions, features), over its positions."""
-        return instance_norm(x, value(self.scale), value(self.bias), where=mask, eps=self.epsilon)
+        arrays = x, value(self.scale), value(self.bias)
+        return instance_norm(*arrays, feature_axes=self.feature_axes, where=mask, **_common(self, *arrays))
 
 
-def _shape(num_features: int | Sequence[int]) -> tuple[int, ...]:
-    return check_shape("num_features", num_features if isinstance(num_features, Sequence) else (num_features,))
-
-
-def _static(axes: int | Sequence[int]) -> int | tuple[int, ...]:
-    return axes if isinstance(axes, int) else tuple(axes)
+def _common(module: Any, *arrays) -> dict[str, Any]:
+    """The options that all norms share."""
+    return {
+        "axis_name": module.axis_name,
+        "axis_index_groups": module.axis_index_groups,
+        "eps": module.epsilon,
+        "dtype": result_dtype(module, *arrays),
+    }

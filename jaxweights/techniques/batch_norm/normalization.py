@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Sequence
 
-from jaxweights.core.checks import check_scalar, check_weight
+import jax
+
+from jaxweights.core.checks import check_dtype, check_scalar
+from jaxweights.core.devices import device_sum
+from jaxweights.core.features import check_features
 from jaxweights.numerics.standardize import normalize, standardize
-from jaxweights.techniques.batch_norm.statistics import check_features, split_batch
+from jaxweights.techniques.batch_norm.statistics import split_batch
 
 
 def batch_norm(
@@ -17,15 +20,20 @@ def batch_norm(
     *,
     mean: jax.Array | None = None,
     var: jax.Array | None = None,
+    feature_axes: int | Sequence[int] = -1,
     where: jax.Array | None = None,
     axis_name=None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
     ghost_size: int | None = None,
     eps: float = 1e-5,
+    dtype=None,
 ) -> jax.Array:
     """Standardises each feature over the batch.
 
-    y = (x − μ_B)/√(σ²_B + ε)·scale + bias with the mean and biased variance over all axes but the last. The backward
-    pass stores `x` in its own dtype and two numbers per feature. Forward and reverse mode work, to any order.
+    y = (x − μ_B)/√(σ²_B + ε)·scale + bias with the mean and biased variance over all axes but the last. μ_B is kept as
+    two floats, so a mean far from 0 costs no digits; a given `mean` is one float, and is subtracted as it is. The
+    backward pass stores `x` in its own dtype and three numbers per feature. Forward and reverse mode work, to any
+    order.
 
     Args:
       x: float array, shape (..., features).
@@ -34,19 +42,23 @@ def batch_norm(
       mean: μ, shape (features,), to use in place of the batch mean, for evaluation with running statistics. Requires
         `var`.
       var: σ², shape (features,).
+      feature_axes: axis or axes of the features. The shapes above are theirs.
       where: boolean array that broadcasts to `x`; only true entries count in the statistics.
       axis_name: name(s) of mapped axes over which to merge the statistics, weighted by count.
+      axis_index_groups: groups of indices of the mapped axis to merge within, such as [[0, 1], [2, 3]].
       ghost_size: splits the first axis into ghost batches of this size, each standardised separately.
       eps: ε >= 0.
+      dtype: float dtype of the result, by default that of `x`.
 
     Returns:
-      Array of the shape and dtype of `x`, computed in float32 or wider. A feature that is constant, or whose variance
-      is beyond the range of float32, becomes 0 before `scale` and `bias`. NaN does not spread to other features.
+      Array of the shape of `x`, computed in float32 or wider. A feature that is constant becomes 0 before `scale` and
+      `bias`. σ²_B may be beyond the range of float32, but Σ|x| may not, nor a given `var`. NaN does not spread to other
+      features.
 
     Raises:
-      TypeError: `x`, `scale`, `bias`, `mean` or `var` is not a float array.
-      ValueError: a shape does not fit, only one of `mean` and `var` is given, `ghost_size` does not divide the
-        first axis, or `eps` is negative or NaN.
+      TypeError: `x`, `scale`, `bias`, `mean` or `var` is not a float array, or `dtype` is not a float dtype.
+      ValueError: an axis, a shape or a group does not fit, only one of `mean` and `var` is given, `ghost_size` does not
+        divide the first axis, or `eps` is negative or NaN.
 
     >>> import jax.numpy as jnp
     >>> print(batch_norm(jnp.array([[1.0], [3.0]]), eps=0.0))
@@ -65,15 +77,12 @@ def batch_norm(
         raise ValueError(
             "where, axis_name and ghost_size control how statistics are taken: leave them out if mean and var are given"
         )
-    check_parameters(x, scale=scale, bias=bias, mean=mean, var=var)
+    dtype = x.dtype if dtype is None else check_dtype(dtype)
+    batch = split_batch(x, feature_axes, where, axis_name, ghost_size)
+    scale, bias = batch.spread("scale", scale), batch.spread("bias", bias)
+    mean, var = batch.spread("mean", mean), batch.spread("var", var)
+    merge = device_sum(axis_name, axis_index_groups)
     if mean is not None and var is not None:
-        return standardize(x, mean, var, scale, bias, eps)
-    batch, where, axis = split_batch(x, where, axis_name, ghost_size)
-    return normalize(batch, scale, bias, eps, axis=axis, where=where, axis_name=axis_name).reshape(x.shape)
-
-
-def check_parameters(x: jax.Array, **given) -> None:
-    """Raises unless every given array has one entry per feature of `x`."""
-    for name, value in given.items():
-        if value is not None and check_weight(value, name).shape != x.shape[-1:]:
-            raise ValueError(f"{name} must have shape {x.shape[-1:]}, one per feature of x, got {jnp.shape(value)}")
+        return standardize(x, mean, var, scale, bias, eps, dtype)
+    y = normalize(batch.x, scale, bias, eps, axis=batch.axis, where=batch.where, device_sum=merge, dtype=dtype)
+    return y.reshape(x.shape)

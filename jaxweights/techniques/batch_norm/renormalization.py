@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-from jaxweights.core.checks import check_scalar
-from jaxweights.numerics.moments import Stats, moments
+from jaxweights.core.checks import check_dtype, check_scalar
+from jaxweights.core.devices import device_sum
+from jaxweights.core.features import check_features
+from jaxweights.numerics.moments import Moments, split_moments
 from jaxweights.numerics.standardize import inverse_deviation, normalize
-from jaxweights.techniques.batch_norm.normalization import check_parameters
-from jaxweights.techniques.batch_norm.statistics import check_features, split_batch
+from jaxweights.techniques.batch_norm.statistics import split_batch
 
 
 def batch_renorm(
@@ -21,9 +24,12 @@ def batch_renorm(
     var: jax.Array,
     r_max: float | jax.Array,
     d_max: float | jax.Array,
+    feature_axes: int | Sequence[int] = -1,
     where: jax.Array | None = None,
     axis_name=None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
     eps: float = 1e-5,
+    dtype=None,
 ) -> jax.Array:
     """Standardises each feature over the batch, with a correction towards the running statistics.
 
@@ -39,16 +45,19 @@ def batch_renorm(
       var: running variance σ², shape (features,). Update both with `running_stats` and `batch_stats`.
       r_max: at least 1. The paper raises it from 1 to 3 early in training.
       d_max: at least 0. The paper raises it from 0 to 5.
+      feature_axes: axis or axes of the features. The shapes above are theirs.
       where: boolean array that broadcasts to `x`; only true entries count in the statistics.
       axis_name: name(s) of mapped axes over which to merge the statistics, weighted by count.
+      axis_index_groups: groups of indices of the mapped axis to merge within, such as [[0, 1], [2, 3]].
       eps: ε >= 0.
+      dtype: float dtype of the result, by default that of `x`.
 
     Returns:
-      Array of the shape and dtype of `x`, computed in float32 or wider. NaN does not spread to other features.
+      Array of the shape of `x`, computed in float32 or wider. NaN does not spread to other features.
 
     Raises:
-      TypeError: an argument is not a float array.
-      ValueError: a shape does not fit, or `r_max`, `d_max` or `eps` is out of range.
+      TypeError: an argument is not a float array, or `dtype` is not a float dtype.
+      ValueError: an axis, a shape or a group does not fit, or `r_max`, `d_max` or `eps` is out of range.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.array([[1.0], [3.0]])
@@ -61,22 +70,27 @@ def batch_renorm(
     """
     x = check_features(x)
     check_scalar("eps", eps, 0)
-    check_parameters(x, scale=scale, bias=bias, mean=mean, var=var)
-    x, where, axis = split_batch(x, where, axis_name, None)
-    stats = moments(x, axis, where=where, axis_name=axis_name)
-    scale, bias = renormalized_parameters(stats, mean, var, scale, bias, r_max, d_max, eps)
-    return normalize(x, scale, bias, eps, axis=axis, where=where, axis_name=axis_name, stats=stats)
+    dtype = x.dtype if dtype is None else check_dtype(dtype)
+    batch = split_batch(x, feature_axes, where, axis_name, None)
+    scale, bias = batch.spread("scale", scale), batch.spread("bias", bias)
+    running = batch.spread("mean", mean), batch.spread("var", var)
+    merge = device_sum(axis_name, axis_index_groups)
+    known = split_moments(x, batch.axis, where=batch.where, device_sum=merge)
+    scale, bias = renormalized_parameters(known, *running, scale, bias, r_max, d_max, eps)
+    return normalize(
+        x, scale, bias, eps, axis=batch.axis, where=batch.where, device_sum=merge, known=known, dtype=dtype
+    )
 
 
-def renormalized_parameters(stats: Stats, mean, var, scale, bias, r_max, d_max, eps) -> tuple[jax.Array, jax.Array]:
-    """(r·scale, d·scale + bias), the scale and bias of batch renormalization."""
+def renormalized_parameters(known: Moments, mean, var, scale, bias, r_max, d_max, eps) -> tuple[jax.Array, jax.Array]:
+    """(r·scale, d·scale + bias), the scale and bias of batch renormalization. All arrays broadcast to the batch."""
     check_scalar("r_max", r_max, 1)
     check_scalar("d_max", d_max, 0)
-    batch_mean, batch_var, _ = stats
-    mean, var, r_max, d_max, epsilon = (jnp.asarray(a, batch_var.dtype) for a in (mean, var, r_max, d_max, eps))
+    mean, var, r_max, d_max, epsilon = (jnp.asarray(a, known.var.dtype) for a in (mean, var, r_max, d_max, eps))
     inverse = inverse_deviation(var, eps)
-    r = jnp.clip(jnp.sqrt(batch_var + epsilon) * inverse, 1 / r_max, r_max)
-    d = jnp.clip((batch_mean - mean) * inverse, -d_max, d_max)
+    r = jnp.clip(jnp.sqrt(known.var + epsilon) * inverse, 1 / r_max, r_max)
+    assert known.shift is not None and known.rest is not None
+    d = jnp.clip(((known.shift - mean) + known.rest) * inverse, -d_max, d_max)
     r, d = jax.lax.stop_gradient((r, d))
     factor = r if scale is None else r * scale.astype(r.dtype)
     shift = d if scale is None else d * scale.astype(r.dtype)

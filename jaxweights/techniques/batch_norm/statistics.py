@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxweights.core.checks import check_integer, check_mask, check_scalar, check_weight
+from jaxweights.core.devices import device_sum
+from jaxweights.core.features import check_axis, check_features, other_axes, spread
 from jaxweights.numerics.moments import Stats, moments
 
 
@@ -28,25 +31,34 @@ CONVENTIONS = {
 
 
 def batch_stats(
-    x: jax.Array, *, where: jax.Array | None = None, axis_name=None, ghost_size: int | None = None
+    x: jax.Array,
+    *,
+    feature_axes: int | Sequence[int] = -1,
+    where: jax.Array | None = None,
+    axis_name=None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    ghost_size: int | None = None,
 ) -> Stats:
     """Mean, biased variance and count of each feature.
 
-    μ = Σx/n and σ² = Σ(x − μ)²/n over all but the last axis, in two passes.
+    μ = Σx/n and σ² = Σ(x − μ)²/n over all axes but the `feature_axes`, by default the last.
 
     Args:
       x: float array, shape (..., features).
+      feature_axes: axis or axes of the features; the shapes below are theirs.
       where: boolean array that broadcasts to `x`; only true entries count.
       axis_name: name(s) of mapped axes (`jax.vmap`, `jax.shard_map`) over which to merge, weighted by count.
+      axis_index_groups: groups of indices of the mapped axis to merge within, such as [[0, 1], [2, 3]].
       ghost_size: splits the first axis into ghost batches of this size, each with its own statistics.
 
     Returns:
       (mean, var, count), each of shape (features,), or (n_ghosts, features) for ghost batches, float32 or wider. All
-      are 0 where no entry counts.
+      are 0 where no entry counts. A variance beyond the range of float32 is infinite.
 
     Raises:
       TypeError: `x` is not a float array.
-      ValueError: `x` is a scalar, `where` does not broadcast to it, or `ghost_size` does not divide the first axis.
+      ValueError: `x` is a scalar, `where` does not broadcast to it, an axis or a group does not fit, or `ghost_size`
+        does not divide the first axis.
 
     >>> import jax.numpy as jnp
     >>> print(batch_stats(jnp.array([[1.0, 10.0], [3.0, 10.0]])))
@@ -55,8 +67,9 @@ def batch_stats(
     References: Ioffe and Szegedy, arXiv:1502.03167, 2015; Chan, Golub and LeVeque, Algorithms for Computing the
     Sample Variance, 1983; Hoffer, Hubara and Soudry, Train longer, generalize better, arXiv:1705.08741, 2017.
     """
-    x, where, axis = split_batch(check_features(x), where, axis_name, ghost_size)
-    return per_feature(moments(x, axis, where=where, axis_name=axis_name), axis)
+    batch = split_batch(check_features(x), feature_axes, where, axis_name, ghost_size)
+    merge = device_sum(axis_name, axis_index_groups)
+    return batch.per_feature(moments(batch.x, batch.axis, where=batch.where, device_sum=merge))
 
 
 def merge_stats(a: Stats, b: Stats) -> Stats:
@@ -106,25 +119,27 @@ def _zero_if_empty(stats: Stats) -> Stats:
 
 
 def running_stats(
-    running: tuple[jax.Array, jax.Array],
+    running: tuple[jax.Array, ...],
     batch: Stats,
-    momentum: float | jax.Array | None = None,
+    momentum: float | jax.Array | Literal["cumulative"] | None = None,
     *,
     convention: Literal["flax", "torch"] = "flax",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Updates the running mean and variance; unchanged where no entry of the batch counts.
 
     Flax: running ← momentum·running + (1 − momentum)·batch, with the biased variance.
     torch: running ← (1 − momentum)·running + momentum·batch, with the unbiased variance σ²·n/(n − 1).
+    Cumulative: running ← (k·running + batch)/(k + 1) after k batches, the plain average of all; torch's momentum=None.
 
     Args:
-      running: (mean, var), each of shape (features,).
+      running: (mean, var), each of the shape of the features; (mean, var, k) for a cumulative average, k = 0 at first.
       batch: (mean, var, count) from `batch_stats`. Ghost batches, (n_ghosts, features), apply one after the other.
-      momentum: in [0, 1]; by default that of the convention, 0.99 in Flax and 0.1 in torch.
+      momentum: in [0, 1], or "cumulative"; by default that of the convention, 0.99 in Flax and 0.1 in torch.
       convention: "flax" or "torch".
 
     Returns:
-      (mean, var) in the dtypes of `running`. A single entry has no unbiased variance, so it only updates the mean.
+      `running`, updated, in its dtypes. A single entry has no unbiased variance, so it only updates the mean, and
+      nothing of a cumulative average.
 
     Raises:
       TypeError: `momentum` is not a number.
@@ -136,55 +151,63 @@ def running_stats(
     (Array([1.5], dtype=float32), Array([1.], dtype=float32))
     >>> print(running_stats((jnp.zeros(1), jnp.ones(1)), now, 0.5, convention="torch"))
     (Array([1.5], dtype=float32), Array([1.5], dtype=float32))
+    >>> print(running_stats((jnp.zeros(1), jnp.ones(1), jnp.zeros(1)), now, "cumulative"))
+    (Array([3.], dtype=float32), Array([1.], dtype=float32), Array([1.], dtype=float32))
 
     References: Hoffer, Hubara and Soudry, arXiv:1705.08741, 2017, algorithm 1, for ghost batches.
     """
-    if len(running) != 2 or len(batch) != 3:
-        raise ValueError(
-            f"running must be (mean, var) and batch (mean, var, count), got {len(running)} and {len(batch)} arrays: "
-            f"take batch from batch_stats"
-        )
     rule = check_convention(convention)
     momentum = rule.momentum if momentum is None else momentum
-    check_scalar("momentum", momentum, 0, 1)
-    running_mean, running_var = running
+    cumulative = isinstance(momentum, str)
+    if not cumulative:
+        check_scalar("momentum", momentum, 0, 1)
+    elif momentum != "cumulative":
+        raise ValueError(f'momentum must be a number in [0, 1] or "cumulative", got {momentum!r}')
+    _check_running(running, batch, cumulative)
+    if jnp.shape(batch[0]) != jnp.shape(running[0]):
+
+        def step(running, ghost):
+            return running_stats(running, ghost, momentum, convention=convention), None
+
+        updated, _ = jax.lax.scan(step, tuple(running), batch)
+        return updated
     mean, var, count = batch
-    shape, ghosts = jnp.shape(running_mean), jnp.shape(mean)[:-1]
-    batch_shapes = (shape, ghosts + shape) if len(ghosts) == 1 else (shape,)
+    has_var = count > (1 if rule.unbiased else 0)
+    if rule.unbiased:
+        var = var * (count / jnp.maximum(count - 1, 1))
+    if isinstance(momentum, str):
+        k = running[2]
+        kept, has_mean, rest = k / (k + 1), has_var, (k + has_var.astype(k.dtype),)
+    else:
+        kept, has_mean, rest = momentum if rule.weights_old else 1 - momentum, count > 0, ()
+
+    def mix(old, new, counts):
+        weight = jnp.asarray(kept, new.dtype)
+        return jnp.where(counts, weight * old.astype(new.dtype) + (1 - weight) * new, old).astype(old.dtype)
+
+    return mix(running[0], mean, has_mean), mix(running[1], var, has_var), *rest
+
+
+def _check_running(running, batch, cumulative: bool) -> None:
+    """Raises unless `running` and `batch` have the statistics they need, with one entry per feature."""
+    of_running = ("mean", "var", "k") if cumulative else ("mean", "var")
+    if len(running) != len(of_running) or len(batch) != 3:
+        raise ValueError(
+            f"running must be ({', '.join(of_running)}) and batch (mean, var, count), got {len(running)} and "
+            f"{len(batch)} arrays: take batch from batch_stats"
+        )
+    shape = jnp.shape(running[0])
+    ghosts = jnp.shape(batch[0])[: max(0, jnp.ndim(batch[0]) - len(shape))]
+    of_batch = (shape, ghosts + shape) if len(ghosts) == 1 else (shape,)
     for name, value, allowed in (
-        ("running var", running_var, (shape,)),
-        ("mean", mean, batch_shapes),
-        ("var", var, batch_shapes),
-        ("count", count, batch_shapes),
+        *((f"running {n}", v, (shape,)) for n, v in zip(of_running, running, strict=True)),
+        *((n, v, of_batch) for n, v in zip(("mean", "var", "count"), batch, strict=True)),
     ):
         if jnp.shape(value) not in allowed:
             raise ValueError(
                 f"{name} has shape {jnp.shape(value)} and the running mean {shape}: both must have one entry per "
                 f"feature"
             )
-    if jnp.shape(mean) != shape:
-
-        def step(running, ghost):
-            return running_stats(running, ghost, momentum, convention=convention), None
-
-        updated, _ = jax.lax.scan(step, (running_mean, running_var), batch)
-        return updated
-    kept = momentum if rule.weights_old else 1 - momentum
-
-    def mix(old, new, counts):
-        return jnp.where(counts, kept * old + (1 - kept) * new, old).astype(old.dtype)
-
-    if rule.unbiased:
-        var = var * (count / jnp.maximum(count - 1, 1))
-    return mix(running_mean, mean, count > 0), mix(running_var, var, count > (1 if rule.unbiased else 0))
-
-
-def check_features(x) -> jax.Array:
-    """Converts `x` to a float array, and raises if it has no axis."""
-    x = check_weight(x, "x")
-    if x.ndim < 1:
-        raise ValueError("x must have a last axis of features, got a scalar: add one with x[None]")
-    return x
 
 
 def check_convention(convention: str) -> Convention:
@@ -204,25 +227,44 @@ def check_stats(name: str, stats) -> Stats:
     return mean, var, count
 
 
-def split_batch(
-    x: jax.Array, where: jax.Array | None, axis_name, ghost_size: int | None
-) -> tuple[jax.Array, jax.Array | None, tuple[int, ...]]:
-    """Splits the first axis of `x` and the mask into (ghosts, ghost_size), if given, and finds the axes to reduce."""
+class Batch(NamedTuple):
+    """A batch, or ghost batches along a first axis of their own."""
+
+    x: jax.Array
+    where: jax.Array | None
+    axis: tuple[int, ...]
+    """The axes to reduce."""
+    features: tuple[int, ...]
+
+    def per_feature(self, stats: Stats) -> Stats:
+        """Removes the reduced axes from statistics."""
+        return tuple(jnp.squeeze(s, self.axis) for s in stats)  # type: ignore[return-value]
+
+    def spread(self, name: str, value) -> jax.Array | None:
+        """Reshapes an array with one entry per feature to broadcast to `x`; raises if it does not fit. None stays."""
+        return spread(name, value, self.x.shape, self.features, "one per feature of x")
+
+
+def split_batch(x: jax.Array, feature_axes, where: jax.Array | None, axis_name, ghost_size: int | None) -> Batch:
+    """Finds the axes to reduce, and splits the first axis of `x` and the mask into (ghosts, ghost_size), if given."""
     where = None if where is None else check_mask(where, x.shape)
+    features = check_axis(feature_axes, x.shape, "feature_axes")
+    axis = other_axes(features, x.ndim)
     if ghost_size is None:
-        return x, where, tuple(range(x.ndim - 1))
+        return Batch(x, where, axis, features)
     check_integer("ghost_size", ghost_size, 1)
     if axis_name is not None:
         raise ValueError("axis_name merges batches and ghost_size splits one: give one of them")
-    if x.ndim < 2 or x.shape[0] % ghost_size:
-        raise ValueError(f"ghost_size={ghost_size} must divide the first axis of x, which has shape {x.shape}")
+    if 0 not in axis or x.shape[0] % ghost_size:
+        raise ValueError(
+            f"ghost_size={ghost_size} must divide the first axis of x, of samples: it has shape {x.shape} and "
+            f"feature_axes={feature_axes!r}"
+        )
 
     def split(a):
         return a[None] if a.shape[0] == 1 else a.reshape(-1, ghost_size, *a.shape[1:])
 
-    return split(x), None if where is None else split(where), tuple(range(1, x.ndim))
+    def after(axes):
+        return tuple(a + 1 for a in axes)
 
-
-def per_feature(stats: Stats, axis: tuple[int, ...]) -> Stats:
-    """Removes the reduced axes from statistics."""
-    return tuple(jnp.squeeze(s, axis) for s in stats)  # type: ignore[return-value]
+    return Batch(split(x), None if where is None else split(where), after(axis), after(features))
