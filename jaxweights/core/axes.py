@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxweights.core.checks import check_integer, check_shape
 
@@ -75,8 +77,10 @@ class Axes:
 
     def matrix(self, w) -> jax.Array:
         """`w` as an array of shape (*batch, [groups,] rows, columns). The one place that reshapes."""
-        r = Reading.of(self, jnp.shape(w))
-        w, r = r.split_groups(jnp.asarray(w))
+        if isinstance(w, Mapping):
+            raise TypeError(f"w must be an array, got {type(w).__name__}: for a tree use jax.tree.map")
+        w = jnp.asarray(w)
+        w, r = Reading.of(self, w.shape).split_groups(w)
         batch = tuple(w.shape[a] for a in r.batch)
         rows = math.prod(w.shape[a] for a in r.contracted)
         columns = math.prod(w.shape[a] for a in r.output)
@@ -238,7 +242,7 @@ def depthwise(groups: int) -> Axes:
     return Axes(input=-2, output=-1, groups=groups)
 
 
-def infer_axes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Axes]:
+def infer_axes(weights: Mapping[str, Any]) -> dict[str, Axes]:
     """The axes of Flax kernels, by path, inferred from the weights beside them.
 
     A kernel's own shape does not tell a convolution from a stack of dense layers or from attention. The weights beside
@@ -249,7 +253,21 @@ def infer_axes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Axes]:
     - a bias of shape (heads, head_dim) beside a kernel (features, heads, head_dim) is a `DenseGeneral`.
 
     A path is left out if no reading follows, or more than one: its weight has the default reading, (..., in, out).
+
+    Args:
+      weights: {path: shape}, or a dict of arrays, nested or not, such as the parameters of a Flax model.
+
+    Returns:
+      {path: Axes}.
+
+    Raises:
+      TypeError: `weights` is not a dict, or something in it is neither an array nor a shape.
+
+    >>> stack = {"dense": {"kernel": jnp.ones((12, 256, 512)), "bias": jnp.ones((12, 512))}}
+    >>> infer_axes(stack)["dense/kernel"].batch
+    (0,)
     """
+    shapes = _shapes(weights)
     found: dict[str, Axes] = {}
     for path, shape in shapes.items():
         parent, _, leaf = path.rpartition("/")
@@ -271,3 +289,20 @@ def infer_axes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Axes]:
             stack = Axes(input=-2, output=-1, batch=tuple(range(n_batch)))
             found[path] = stack if n_out == 1 else dense_general(len(shape) - len(bias), n_out, n_batch)
     return found
+
+
+def _shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the arrays and shapes in a nested dict, without None."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a dict of arrays, got {type(weights).__name__}: pass {{path: shape}}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in weights.items():
+        if isinstance(value, Mapping):
+            shapes |= {f"{name}/{path}": shape for path, shape in _shapes(value).items()}
+        elif value is not None:
+            shape = getattr(value, "shape", value)
+            if not isinstance(shape, tuple | list) or not all(isinstance(n, int | np.integer) for n in shape):
+                got = f"{type(value).__name__} at {name!r}"
+                raise TypeError(f"weights must hold arrays, shapes or dicts of them, got {got}: pass {{path: shape}}")
+            shapes[str(name)] = tuple(shape)
+    return shapes

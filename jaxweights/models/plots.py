@@ -12,7 +12,7 @@ from jaxweights.core.axes import axes_or_default
 from jaxweights.core.checks import check_weight
 from jaxweights.core.stored import Stored
 from jaxweights.levels.paths import Where
-from jaxweights.models.summary import Summary, summarize
+from jaxweights.models.summary import Summary, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Panel
@@ -42,15 +42,19 @@ def plot_density(params: Any, where: Where | None = None, *, panel: Panel | None
     >>> print(panel.get_yticklabels()[0].get_text(), panel.texts[0].get_text())
     dense/kernel 25.0%  1:4
     """
-    summary = params if isinstance(params, Summary) else summarize(params, where or _has_two_axes)
-    panel = panel or _new_panel(7, 0.32 * len(summary.rows) + 1)
-    positions, densities = range(len(summary.rows)), [100 * r.density for r in summary.rows]
+    rows = params.rows if isinstance(params, Summary) else read(params, where, None)[0].rows
+    if where is None and not isinstance(params, Summary):
+        rows = [r for r in rows if len(r.shape) >= 2]
+        if not rows:
+            raise ValueError("params has no weight of two or more axes: say with where which to plot")
+    panel = panel or _new_panel(7, 0.32 * len(rows) + 1)
+    positions, densities = range(len(rows)), [100 * r.density for r in rows]
     panel.barh(positions, [100] * len(densities), color=_LIGHT, height=0.7)
     panel.barh(positions, densities, color=_COLOR, height=0.7)
-    for y, row in zip(positions, summary.rows, strict=True):
+    for y, row in zip(positions, rows, strict=True):
         pattern = f"  {row.pattern}" if row.pattern else ""
         panel.text(101, y, f"{row.density:.1%}{pattern}", va="center", fontsize=8)
-    panel.set_yticks(list(positions), [r.path for r in summary.rows], fontsize=8)
+    panel.set_yticks(list(positions), [r.path for r in rows], fontsize=8)
     panel.set_xlim(0, 120)
     panel.set_xticks(range(0, 101, 20))
     panel.set_xlabel("non-zero entries, %")
@@ -95,10 +99,6 @@ def plot_mask(w: jax.Array | Stored, *, axes: Axes | None = None, panel: Panel |
     panel.set_xlabel("output")
     panel.set_ylabel("input")
     return panel
-
-
-def _has_two_axes(path: str, w: jax.Array) -> bool:
-    return w.ndim >= 2
 
 
 def _new_panel(width: float, height: float) -> Panel:

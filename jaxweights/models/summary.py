@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxweights.core.axes import Axes, axes_or_default, infer_axes
+from jaxweights.core.axes import Axes, Reading, axes_or_default, depthwise, infer_axes
+from jaxweights.core.checks import naming
 from jaxweights.core.stored import Stored, nbytes
 from jaxweights.levels.paths import Where, flatten, is_weight, select
+from jaxweights.models.summary_table import summary_table
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
 
@@ -28,7 +34,9 @@ class WeightSummary(NamedTuple):
       pattern: the tightest n:m pattern along the input that the entries fit, with n <= m/2 and m one of 2, 4, 8, 16.
         None unless the pattern explains the density: at least 9 of 10 entries that it allows are not 0.
       values: number of distinct values.
-      sigma: largest singular value of the matrix that the weight is read as; for a stack, the largest of all matrices.
+      sigma: largest singular value of the matrix that the weight is read as; for a stack or a grouped convolution, the
+        largest of all matrices. For a convolution it is that of the kernel as (window·in, out), not of the layer on an
+        image: see `conv_spectral_norm`.
       norm: Euclidean norm of all entries.
     """
 
@@ -73,39 +81,20 @@ class Summary:
         """Euclidean norm of all entries of all weights."""
         return math.hypot(*(r.norm for r in self.rows))
 
-    def __rich__(self) -> Table:
-        from rich import box  # a dependency of Flax, imported only to show a table
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0))
-        table.add_column("weight", f"{self.size:,} entries", no_wrap=True)
-        table.add_column("shape")
-        table.add_column("form")
-        for heading, footer in (
-            ("kB", f"{self.nbytes / 1000:,.1f}"),
-            ("density", f"{self.density:.1%}"),
-            ("n:m", ""),
-            ("values", ""),
-            ("σ", ""),
-            ("‖w‖", f"{self.norm:.3g}"),
-        ):
-            table.add_column(heading, footer, justify="right")
-        for r in self.rows:
-            shape = "×".join(map(str, r.shape))
-            numbers = (f"{r.nbytes / 1000:,.1f}", f"{r.density:.1%}", r.pattern or "", f"{r.values:,}")
-            table.add_row(r.path, shape, r.form, *numbers, f"{r.sigma:.3g}", f"{r.norm:.3g}")
-        return table
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield summary_table(self, console, options)
 
     def __str__(self) -> str:
+        """The table in the width of the terminal, or in 80 columns without one."""
         from rich.console import Console
 
-        console = Console(width=120)
+        console = Console(width=shutil.get_terminal_size().columns, color_system=None, force_jupyter=False)
         with console.capture() as text:
             console.print(self)
         return text.get()
 
 
-def summarize(params: Any, where: Where | None = None) -> Summary:
+def summarize(params: Any, where: Where | None = None, *, axes: Mapping[str, Axes] | None = None) -> Summary:
     """Summarizes the weights of a tree: bytes, density, pattern, distinct values, σ and norm of each.
 
     Meant for inspection: it runs on the host, one weight at a time, with a singular value decomposition for σ.
@@ -113,13 +102,18 @@ def summarize(params: Any, where: Where | None = None) -> Summary:
     Args:
       params: any pytree of weights: arrays, or stored weights such as a `PackedArray`, a `QuantizedArray` or a BCOO.
       where: the weights to show, as for `on_tree`; by default every floating-point array.
+      axes: {path: Axes} for weights whose axes do not follow from the tree. `jaxweights.capture` reads them off the
+        model: `{path: stats.axes for path, stats in capture(f, params, batches).items()}`.
 
     Returns:
       A `Summary`: `print` it, pass it to rich, or read its `rows`. Attention kernels and stacks of layers are
-      recognized by the other weights of their module and read as such.
+      recognized by the other weights of their module and read as such. A kernel (*window, 1, out) is read as a
+      depthwise convolution, one matrix per output, with a warning: it may be a convolution of one channel too.
 
     Raises:
-      ValueError: `where` selects nothing, or the tree has no floating-point array.
+      TypeError: `axes` is not a dict.
+      ValueError: `where` selects nothing, the tree has no floating-point array, or `axes` names a path that is not in
+        the tree or axes that do not fit.
 
     >>> import jax.numpy as jnp
     >>> import jaxweights as jw
@@ -128,16 +122,49 @@ def summarize(params: Any, where: Where | None = None) -> Summary:
     >>> print(row.path, row.form, row.nbytes, row.density, row.pattern, row.values, round(row.sigma, 3))
     dense/kernel PackedArray 18 0.25 1:4 3 5.657
     """
+    summary, guessed = read(params, where, axes)
+    if guessed:
+        more = f" and {len(guessed) - 3} more" if len(guessed) > 3 else ""
+        warnings.warn(
+            f"summarize takes {', '.join(guessed[:3])}{more} for depthwise convolutions by their shapes, which fit "
+            f"convolutions of one channel too: give axes={{path: jaxweights.axes.CONV}}, or depthwise(groups)",
+            stacklevel=2,
+        )
+    return summary
+
+
+def read(params: Any, where: Where | None, axes: Mapping[str, Axes] | None) -> tuple[Summary, list[str]]:
+    """The summary, and the paths of weights that have been taken for depthwise kernels by their shape alone."""
     paths, stored, _ = flatten(params, is_leaf=_is_stored)
     dense = [a.todense() if _is_stored(a) else a for a in stored]
-    inferred = infer_axes({p: a.shape for p, a in zip(paths, dense, strict=True) if is_weight(a)})
-    chosen = select(paths, dense, [(_every_weight, True)], where)
+    shapes = {p: tuple(a.shape) for p, a in zip(paths, dense, strict=True) if is_weight(a)}
+    if not shapes:
+        raise ValueError(f"params has no floating-point array, got {type(params).__name__}: pass a tree of weights")
+    known = infer_axes(shapes) | {p: a.axes for p, a in zip(paths, stored, strict=True) if getattr(a, "axes", None)}
+    known |= _checked(axes, shapes)
+    guessed = {}
     rows = []
-    for i in chosen:
-        axes = getattr(stored[i], "axes", None) or inferred.get(paths[i])
+    for i in select(paths, dense, [(_every_weight, True)], where):
+        path, shape = paths[i], dense[i].shape
+        if path not in known and len(shape) > 2 and shape[-2] == 1 < min(shape[-1], math.prod(shape[:-2])):
+            guessed[path] = depthwise(shape[-1])
         form = type(stored[i]).__name__ if _is_stored(stored[i]) else str(dense[i].dtype)
-        rows.append(_row(paths[i], np.asarray(dense[i]), form, nbytes(stored[i]), axes))
-    return Summary(tuple(rows))
+        reading = known.get(path) or guessed.get(path)
+        rows.append(_row(path, np.asarray(dense[i]), form, nbytes(stored[i]), reading))
+    return Summary(tuple(rows)), list(guessed)
+
+
+def _checked(axes: Mapping[str, Axes] | None, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Axes]:
+    if axes is None:
+        return {}
+    if not isinstance(axes, Mapping):
+        raise TypeError(f"axes must be a dict {{path: Axes}}, got {axes!r}")
+    for path, reading in axes.items():
+        if path not in shapes:
+            raise ValueError(f"axes names {path!r}, which is not in the tree. It has: {', '.join(shapes)}")
+        with naming("summarize", path):
+            Reading.of(reading, shapes[path])
+    return axes
 
 
 def _row(path: str, w: np.ndarray, form: str, n_bytes: int, axes: Axes | None) -> WeightSummary:

@@ -1,5 +1,6 @@
 """Axes inferred from the other weights of a tree, and cases where nothing can be inferred."""
 
+import flax
 import flax.linen as nn
 import jax
 import numpy as np
@@ -45,6 +46,19 @@ def test_infer_nnx_attention():
     layer = nnx.MultiHeadAttention(2, 4, qkv_features=6, decode=False, rngs=nnx.Rngs(0))
     found = infer_axes(nnx_shapes(layer))
     assert found == {f"{n}/kernel": ATTENTION_IN for n in ("query", "key", "value")} | {"out/kernel": ATTENTION_OUT}
+    assert infer_axes(nnx.state(layer, nnx.Param)) == found
+
+
+def test_infer_from_parameters_as_they_are():
+    """Nested dicts of arrays, of shapes, abstract or frozen, are {path: shape}."""
+    module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6)
+    params = {"block": random_params(module, (1, 4)), "none": None}
+    expected = infer_axes(shapes({"block": params["block"]}))
+    assert set(expected) == {f"block/{n}/kernel" for n in ("query", "key", "value", "out")}
+    flat = {"/".join(path): a for path, a in flatten_dict(params["block"]).items()}
+    trees = (params, flax.core.freeze(params), jax.tree.map(np.shape, params), jax.eval_shape(lambda: params))
+    assert all(infer_axes(tree) == expected for tree in trees)
+    assert infer_axes(flat) == {path.removeprefix("block/"): axes for path, axes in expected.items()}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from flax import nnx
 from rich.console import Console
 
 import jaxweights as jw
+from jaxweights.models.summary_table import shortened
 
 
 def normal(*shape, seed=0):
@@ -64,6 +65,42 @@ def test_weights_are_read_as_the_tree_says():
     assert {r.path: r.sigma for r in jw.summarize(stack).rows}["kernel"] == pytest.approx(largest, rel=1e-5)
 
 
+def test_a_depthwise_kernel_has_the_sigma_of_its_block_diagonal_matrix():
+    """The matrix of a grouped convolution is block-diagonal; one (9, 24) matrix for all channels has a larger σ."""
+    kernel = normal(3, 3, 1, 24)
+    dense = np.zeros((9, 24, 24))
+    dense[:, np.arange(24), np.arange(24)] = kernel.reshape(9, 24)
+    expected = np.linalg.norm(dense.reshape(9 * 24, 24), 2)
+    whole = np.linalg.norm(np.float64(kernel).reshape(9, 24), 2)
+    assert whole > 1.3 * expected
+    tree = {"depthwise": {"kernel": jnp.asarray(kernel)}, "dense": {"kernel": jnp.ones((1, 4))}}
+    with pytest.warns(UserWarning, match=r"takes depthwise/kernel for .* give axes=\{path"):
+        rows = jw.summarize(tree).rows
+    assert {r.path: r.sigma for r in rows} == {"depthwise/kernel": pytest.approx(expected), "dense/kernel": 2}
+    for axes, sigma in ((jw.axes.depthwise(24), expected), (jw.axes.CONV, whole)):
+        (row,) = jw.summarize(tree, "depthwise/*", axes={"depthwise/kernel": axes}).rows
+        assert row.sigma == pytest.approx(sigma)
+
+
+def test_axes_may_be_those_of_the_program():
+    """What `capture` finds tells a depthwise convolution from one of a single channel."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(6, (3, 3), name="first")(x)
+            return nn.Conv(6, (3, 3), feature_group_count=6, name="depthwise")(x)
+
+    x = jnp.ones((1, 4, 4, 1))
+    params = Model().init(jax.random.key(0), x)
+    stats = jw.capture(Model().apply, params, [x], second_moment=False)
+    rows = jw.summarize(params, "**/kernel", axes={path: s.axes for path, s in stats.items()}).rows
+    matrices = {r.path.split("/")[1]: np.asarray(params["params"][r.path.split("/")[1]]["kernel"]) for r in rows}
+    sigma = {r.path.split("/")[1]: r.sigma for r in rows}
+    assert sigma["first"] == pytest.approx(np.linalg.norm(matrices["first"].reshape(9, 6), 2), rel=1e-5)
+    assert sigma["depthwise"] == pytest.approx(np.linalg.norm(matrices["depthwise"].reshape(9, 6), axis=0).max())
+
+
 def test_stored_weights_show_what_they_store():
     w = np.tile(np.float32([[1], [-2], [0], [0]]), (4, 32))
     tree = {
@@ -108,3 +145,37 @@ def test_it_prints_as_a_table():
     Console(file=out, width=100).print(summary)
     for text in (out.getvalue(), str(summary)):
         assert "kernel" in text and "4×3" in text and "80.0%" in text and "15 entries" in text
+
+
+def test_numbers_are_whole_in_80_columns_and_paths_are_told_apart(monkeypatch):
+    shapes = {"query": (64, 4, 16), "key": (64, 4, 16), "value": (64, 4, 16), "output_projection": (4, 16, 64)}
+    tree = {
+        f"params/encoder/transformer_layer_{i}/multi_head_attention/{name}/kernel": normal(*shape, seed=i)
+        for i in (1, 2, 11, 12)
+        for name, shape in shapes.items()
+    }
+    tree["classifier/a_very_long_name_of_the_last_layer/kernel"] = np.repeat(np.eye(4, dtype=np.float32), 300, 1)
+    summary = jw.summarize(tree)
+    monkeypatch.setenv("COLUMNS", "80")
+    out = io.StringIO()
+    Console(file=out, width=80).print(summary)
+    for text in (str(summary), out.getvalue()):
+        lines = [line for line in text.splitlines() if "…" in line]
+        assert max(map(len, text.splitlines())) <= 80 and len(lines) == len(tree)
+        assert len({line.split()[0] for line in lines}) == len(tree)
+        for line, row in zip(lines, summary.rows, strict=True):
+            for number in ("×".join(map(str, row.shape)), f"{row.density:.1%}", f"{row.sigma:.3g}", f"{row.norm:.3g}"):
+                assert number in line.split()
+            assert row.path.endswith(line.split()[0].rpartition("…")[2])
+    monkeypatch.setenv("COLUMNS", "200")
+    assert all(path in str(summary) for path in tree)
+
+
+def test_names_are_abbreviated_as_little_as_the_width_needs():
+    paths = ["net/block_1/conv_in/kernel", "net/block_10/conv_out/kernel", "net/bias"]
+    assert shortened(paths, 40) == paths
+    assert shortened(paths, 24) == ["n…/b…1/conv_in/kernel", "n…/b…10/conv_out/kernel", "net/bias"]
+    assert shortened(paths, 23) == ["n…/b…1/conv_in/kernel", "n…/b…10/conv_out/kernel", "net/bias"]
+    assert [len(path) <= 8 for path in shortened(paths, 8)] == [True] * 3
+    siblings = [f"a_long_name/{name}/w" for name in ("attention", "attribute", "bottleneck")]
+    assert shortened(siblings, 12) == ["a…/atte…/w", "a…/attr…/w", "a…/b…/w"]

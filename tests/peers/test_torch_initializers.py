@@ -83,9 +83,11 @@ def test_torch_counts_the_zeros_of_the_columns_of_its_layout():
     assert (np.sum(ours == 0, axis=0) == 10).all()
 
 
-@pytest.mark.parametrize("name", ["linear", "sigmoid", "tanh", "relu", "selu"])
-def test_torch_has_the_same_gain_by_name(name):
-    assert init.gain(name) == pytest.approx(torch.nn.init.calculate_gain(name))
+def test_torch_has_the_same_gain_by_name():
+    convolutions = [f"conv{n}d" for n in (1, 2, 3)] + [f"conv_transpose{n}d" for n in (1, 2, 3)]
+    for name in ("linear", *convolutions, "sigmoid", "tanh", "relu", "leaky_relu", "selu"):
+        assert init.gain(name) == pytest.approx(torch.nn.init.calculate_gain(name)), name
+    assert init.gain("leaky_relu", 0.2) == pytest.approx(torch.nn.init.calculate_gain("leaky_relu", 0.2))
 
 
 def test_torch_has_the_same_gain_of_a_leaky_relu():

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.nnx.nn import activations
+from scipy import stats
 from x64 import enable_x64
 
 import jaxweights as jw
@@ -131,6 +133,68 @@ def test_the_constant_of_the_truncation():
     assert math.sqrt(cut(-2, 2)(2)) == pytest.approx(CUT, rel=1e-12)
 
 
+TRUNCATIONS = [
+    (-100, 100),
+    (-math.inf, math.inf),
+    (-2, 2),
+    (-1, 20),
+    (0.9, math.inf),
+    (-40, -1.5),
+    (5, 6),
+    (-6, -5),
+    (4.9, 5.2),
+    (10, 30),
+    (10, math.inf),
+    (-math.inf, -8),
+    (0.3, 0.3001),
+    (-0.012, -0.001),
+    (3, 3.011),
+    (40, 40.1),
+    (100, math.inf),
+]
+
+
+def check_truncations(dtype, n):
+    """Checks the distribution of `n` draws in every range against SciPy, and that they are as fine as the dtype."""
+    draw = jax.jit(lambda low, high: init.truncated_normal(jax.random.key(7), (n,), dtype, low=low, high=high))
+    uniform = np.random.default_rng(0).uniform(size=n)
+    for low, high in np.asarray(TRUNCATIONS, dtype):
+        z, exact = np.asarray(draw(low, high)), stats.truncnorm(np.float64(low), np.float64(high))
+        assert (low <= z).all() and (z <= high).all(), (low, high)
+        assert stats.kstest(np.float64(z), exact.cdf).pvalue > 1e-3, (low, high)
+        ideal = np.unique(exact.ppf(uniform).astype(dtype)).size
+        assert np.unique(z).size > 0.9 * ideal, (low, high)
+
+
+def test_truncated_normal_in_every_range():
+    check_truncations(np.float32, 2**15)
+
+
+def test_no_draw_is_at_a_limit_that_is_no_limit():
+    """One uniform draw in 2²³ is 0, where the inverse of the CDF is infinite: with this key there is one."""
+    key, n = jax.random.key(46), 2**16
+    assert jax.random.uniform(key, (n,)).min() == 0
+    for limit in (100.0, math.inf):
+        z = init.truncated_normal(key, (n,), low=-limit, high=limit)
+        assert jnp.abs(z).max() < 5.5
+
+
+@pytest.mark.slow
+def test_truncated_normal_in_every_range_of_float64():
+    with enable_x64(True):
+        check_truncations(np.float64, 2**17)
+
+
+def test_a_truncation_far_from_the_mean_keeps_small_values():
+    """N(−0.5, 0.05²) on [0, 1]: the limits are 10 and 30 standard deviations above the mean."""
+    w = draw(init.truncated_normal, mean=-0.5, std=0.05, low=10.0, high=30.0).ravel()
+    exact = stats.truncnorm(10, 30, -0.5, 0.05)
+    assert stats.kstest(w, exact.cdf).pvalue > 1e-3 and (w >= 0).all()
+    assert np.unique(w).size > 0.9 * w.size
+    w = draw(init.truncated_normal, mean=0.25, std=0.0, low=-math.inf)
+    assert (w == 0.25).all()
+
+
 def test_fans_follow_the_axes():
     key = jax.random.key(7)
     cases = [
@@ -220,11 +284,22 @@ def test_parameters_may_be_traced():
         (lambda x: x**2, 1 / math.sqrt(3)),
         (jnp.cos, 1 / math.sqrt((1 + math.exp(-2)) / 2)),
         (jax.nn.selu, 1),
+        ("relu6", math.sqrt(2)),  # to eight digits: z > 6 has probability 1e-9
+        ("identity", 1),
     ],
 )
 def test_gain_of_a_function(activation, expected):
     assert init.gain(activation) == pytest.approx(expected, rel=1e-6)
     assert jax.jit(lambda: init.gain(activation))() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gain_takes_the_names_of_flax():
+    """Those of torch have values of their own."""
+    of_several_entries = {"glu", "log_softmax", "logsumexp", "one_hot", "softmax", "standardize"}
+    names = set(activations.__all__) - of_several_entries - {"PReLU", "relu", "selu", "sigmoid", "tanh"}
+    assert {"gelu", "silu", "swish", "leaky_relu"} <= names
+    for name in names:
+        assert init.gain(name) == pytest.approx(init.gain(getattr(activations, name)), rel=1e-6), name
 
 
 def test_gain_keeps_the_size_of_activations():

@@ -71,6 +71,22 @@ def test_clip_range(dtype):
             np.testing.assert_array_equal(np.float64(out), np.clip(np.float64(w), *rounded))
 
 
+def test_clip_range_with_arrays():
+    """As numpy.clip, and jnp.clip's gradients in the limits."""
+    w, low, high = normal(6, 30), -np.abs(normal(6, 1, seed=1)), np.abs(normal(30, seed=2))
+    for dtype in FLOATS:
+        rounded = [np.float64(np.asarray(a).astype(dtype)) for a in (w, low, high)]
+        out = jw.projections.clip_range(jnp.asarray(w, dtype), low, jnp.asarray(high))
+        assert out.dtype == dtype and out.shape == w.shape
+        np.testing.assert_array_equal(np.float64(out), np.clip(*rounded))
+    cotangent = np.float32(normal(6, 30, seed=3))
+    pull = jax.vjp(jw.projections.clip_range, *map(jnp.float32, (w, low, high)))[1]
+    of_w, of_low, of_high = pull(cotangent)
+    np.testing.assert_array_equal(of_w, np.where((w > low) & (w < high), cotangent, 0))
+    np.testing.assert_allclose(of_low, np.sum(cotangent * (w < low), 1, keepdims=True), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(of_high, np.sum(cotangent * (w > high), 0), rtol=1e-5, atol=1e-6)
+
+
 def test_clip_range_of_what_is_no_number_and_its_gradient():
     w = jnp.array([-jnp.inf, -1.0, 0.5, 2.0, jnp.inf, jnp.nan])
     out, pull = jax.vjp(lambda w: jw.projections.clip_range(w, 0.0, 1.0), w)
@@ -148,6 +164,17 @@ def test_bound_sum(dtype):
                 tolerance = 8 * float(jnp.finfo(dtype).eps)
                 case = f"{name}, {shape}, {low} to {high}"
                 np.testing.assert_allclose(np.float64(out), expected, rtol=0, atol=tolerance, err_msg=case)
+
+
+def test_bound_sum_as_a_transform_with_a_normal():
+    """The nearest point of each half-space, and a spec that is equal to another of the same numbers."""
+    w, a = np.float32(normal(5, 4)), np.float32(normal(5, 1, seed=1))
+    spec, same = (jw.projections.BoundSum(high=1.0, normal=n) for n in (a, jnp.asarray(a)))
+    assert spec == same and hash(spec) == hash(same) and spec != jw.projections.BoundSum(high=1.0, normal=2 * a)
+    out = jax.jit(lambda t, w: t.apply(w, {}), static_argnums=0)(spec, w)
+    gap = np.minimum(1 - np.sum(np.float64(a) * w, 0), 0)
+    np.testing.assert_allclose(out, w + np.float64(a) * gap / np.sum(np.float64(a) ** 2), rtol=1e-5, atol=1e-6)
+    assert (gap < 0).any() and (gap == 0).any()
 
 
 def test_bound_sum_at_the_edges():

@@ -238,6 +238,36 @@ def test_matmul_gradient_of_the_input():
     np.testing.assert_allclose(gradient, (np.float64(q.codes) * np.float64(q.scale)).sum(1), atol=1e-5)
 
 
+def test_numpy_arrays_multiply_stored_weights():
+    """From the left, in any float dtype and rank, as JAX's arrays do."""
+    w = jnp.asarray(np.where(np.arange(64)[:, None] % 4 < 2, normal(64, 32), 0), jnp.float32)
+    for stored in (jw.quantize(w, 8), jw.sparse.pack(w), jw.sparse.pack_blocks(w, block=(4, 4))):
+        for shape in ((64,), (2, 64), (3, 1, 64)):
+            x = normal(*shape, seed=1)
+            for dtype in (np.float64, np.float32, np.float16):
+                y = x.astype(dtype) @ stored
+                assert isinstance(y, jax.Array) and y.dtype == jax.dtypes.canonicalize_dtype(dtype)
+                tolerance = 2e-2 if dtype is np.float16 else 1e-4
+                np.testing.assert_allclose(y, x @ np.float64(stored.todense()), rtol=tolerance, atol=tolerance)
+        for bad in (np.ones((2, 64), int), [1.0] * 64):
+            with pytest.raises(TypeError, match="x must be"):
+                bad @ stored
+        with pytest.raises(ValueError, match="input axes"):
+            np.ones((2, 63)) @ stored
+
+
+def test_the_remedy_for_a_tree_works():
+    params = {"kernel": jnp.float32(normal(8, 4)), "bias": jnp.ones(4)}
+    with pytest.raises(TypeError, match=r"jax\.tree\.map"):
+        jw.quantize(params, 8)
+    stored = jax.tree.map(lambda w: jw.quantize(w, 8), params)
+    with pytest.raises(TypeError, match=r"jax\.tree\.map"):
+        jw.dequantize(stored)
+    is_stored = lambda leaf: isinstance(leaf, jw.QuantizedArray)
+    back = jax.tree.map(jw.dequantize, stored, is_leaf=is_stored)
+    np.testing.assert_allclose(back["kernel"], params["kernel"], atol=np.abs(params["kernel"]).max() / 250)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -74,7 +74,7 @@ def test_conv_index_is_the_convolution(kernel_shape, input_shape, strides, paddi
     n = len(kernel_shape) - 2
     x, kernel = jnp.float32(normal(*input_shape)), jnp.float32(normal(*kernel_shape, seed=1))
     index = jw.conv_index(kernel_shape, input_shape, strides=strides, padding=padding)
-    assert index.dtype == np.int32
+    assert index.dtype == (np.int8 if np.prod(kernel_shape) <= 128 else np.int16)
 
     def shared(kernel):
         return jnp.dot(x.ravel(), jw.share(kernel.ravel(), index), precision="highest")
@@ -126,7 +126,7 @@ def nearest(values, codebook):
 def test_cluster_is_a_fixed_point_of_lloyd(shape, n_clusters):
     w = np.float32(normal(*shape))
     codebook, index = cluster(w, n_clusters)
-    assert codebook.shape == (n_clusters,) and index.shape == shape and index.dtype == jnp.int32
+    assert codebook.shape == (n_clusters,) and index.shape == shape and index.dtype == jnp.int8
     exact, codebook, index = w.astype(np.float64), np.float64(codebook), np.asarray(index)
     assert (np.diff(codebook) >= 0).all()
     np.testing.assert_array_equal(index, nearest(exact, codebook))
@@ -188,6 +188,38 @@ def test_cluster_keeps_empty_clusters():
     codebook, index = jw.cluster(jnp.array([0.0, 0.0, 9.0]), 4)
     np.testing.assert_allclose(codebook, [0, 3, 6, 9], rtol=1e-6)
     np.testing.assert_array_equal(index, [0, 0, 3])
+
+
+@pytest.mark.parametrize(
+    ("n", "kind"), [(128, "int8"), (129, "int16"), (256, "int16"), (2**15, "int16"), (2**15 + 1, "int32")]
+)
+def test_an_index_is_as_small_as_it_can_be(n, kind):
+    w = jnp.arange(n, dtype=jnp.float32)
+    if n <= 256:  # every value is a cluster of its own
+        codebook, index = cluster(w, n)
+        assert index.dtype == kind
+        np.testing.assert_array_equal(index, np.arange(n))
+        np.testing.assert_array_equal(jw.share(codebook, index), w)
+    index = jw.hash_index((3 * n,), n)
+    assert index.dtype == kind and index.min() >= 0 and n * 0.99 < index.max() < n
+    state = jw.ShareWeights(n, seed=0).init(jnp.zeros(3 * n), jax.random.key(0))
+    assert state["index"].dtype == kind
+    x = np.random.default_rng(0).normal(size=3 * n).astype(np.float32)
+    members = np.bincount(index, minlength=n)
+    means = np.bincount(index, x.astype(np.float64), n) / np.maximum(members, 1)
+    out = jax.jit(jw.ShareWeights(n, seed=0).apply)(x, state)
+    np.testing.assert_allclose(out, means[index], rtol=1e-5, atol=1e-6)
+    old = {"index": jnp.asarray(index, jnp.int32)}  # as in older checkpoints
+    np.testing.assert_array_equal(jax.jit(jw.ShareWeights(n, seed=0).apply)(x, old), out)
+
+
+def test_a_pruned_cluster_index_keeps_its_zeros():
+    for n in (4, 128, 129, 256):
+        w = jnp.arange(1.0, n + 1)
+        codebook, index = cluster(w, n)
+        pruned = jnp.where(w % 2 == 0, index, -1)
+        assert pruned.dtype == index.dtype
+        np.testing.assert_array_equal(jw.share(codebook, pruned), jnp.where(w % 2 == 0, w, 0))
 
 
 # hash_index

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxweights.core.checks import check_dtype, check_order, check_scalar, check_shape
 from jaxweights.core.transform import Number
 from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.techniques.initialization.truncation import truncated
 
 
 def normal(
@@ -58,21 +59,24 @@ def truncated_normal(
     (`truncated=True` of `xavier_normal`, `he_normal` and `lecun_normal` corrects for this factor.) The limits of
     torch's `trunc_normal_(mean, std, a, b)` are absolute: low = (a − mean)/std, high = (b − mean)/std.
 
+    Any interval will do: without limits, far in a tail, or narrow. Wherever JAX's own sampler is precise, it gives the
+    same draws.
+
     Args:
       key: a `jax.random` key.
       shape: shape of the weight.
       dtype: floating dtype. 16-bit values are rounded from a draw in float32.
       mean: μ.
       std: σ >= 0.
-      low: the lower limit, in standard deviations from the mean.
-      high: the upper limit, likewise.
+      low: the lower limit, in standard deviations from the mean; may be −inf.
+      high: the upper limit, likewise; may be inf.
 
     Returns:
       Array of the given shape and dtype.
 
     Raises:
       TypeError: `dtype` is not a real floating dtype, or a parameter is not a number.
-      ValueError: `std` is negative, or `low` is above `high`.
+      ValueError: `std` is negative, or `low` is not below `high`.
 
     >>> import jax
     >>> w = truncated_normal(jax.random.key(0), (300, 300), std=0.02)
@@ -84,9 +88,11 @@ def truncated_normal(
     check_scalar("low", low)
     check_scalar("high", high)
     check_order("low", low, "high", high)
+    if not isinstance(low, jax.Array) and not isinstance(high, jax.Array) and low == high:
+        raise ValueError(f"low must be below high, got {low!r} for both: for one value use constant")
     dtype = check_dtype(dtype)
-    draw = jax.random.truncated_normal(key, low, high, check_shape("shape", shape), accumulation_dtype(dtype))
-    return (mean + std * draw).astype(dtype)
+    shape = check_shape("shape", shape)
+    return truncated(key, mean, std, low, high, shape, accumulation_dtype(dtype)).astype(dtype)
 
 
 def uniform(

@@ -31,6 +31,7 @@ class QuantizedArray:
     scale: jax.Array
     dtype: jnp.dtype
     axes: Axes | None = None
+    __array_ufunc__ = None  # an array of NumPy leaves x @ w to __rmatmul__
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,6 +49,7 @@ class QuantizedArray:
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """x @ w as (x · codes)·scale, with the scale applied after the product."""
+        x = check_weight(x, "x")
         r, dtype = contraction(x, self), accumulation_dtype(x.dtype)
         lead = tuple(range(x.ndim - len(r.contracted), x.ndim))
         y = jax.lax.dot_general(
@@ -101,5 +103,6 @@ def dequantize(q: QuantizedArray) -> jax.Array:
     [2. 0. 0.]
     """
     if not isinstance(q, QuantizedArray):
-        raise TypeError(f"q must be a QuantizedArray, got {type(q).__name__}: make one with quantize(w, bits)")
+        tree = "map over a tree with jax.tree.map and is_leaf=lambda a: isinstance(a, QuantizedArray)"
+        raise TypeError(f"q must be a QuantizedArray, got {type(q).__name__}: make one with quantize(w, bits), {tree}")
     return q.todense()

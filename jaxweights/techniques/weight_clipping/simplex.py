@@ -15,9 +15,10 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 
 
 def project_simplex(w: jax.Array, total: Number = 1.0, *, axes: Axes | None = None) -> jax.Array:
-    """Projects each output unit's weights onto the probability simplex: non-negative, with sum `total`.
+    """Makes each output unit's weights, a column of a kernel (in, out), non-negative with sum `total`.
 
-    w' = max(w − τ, 0), where τ makes Σw' = total, the sum over all that one output unit sums over.
+    This is the projection onto the probability simplex: w' = max(w − τ, 0), where τ makes Σw' = total, the sum over all
+    that one output unit sums over.
 
     Args:
       w: float array of any shape.
@@ -136,7 +137,9 @@ def _simplex(w: jax.Array, total: Number, over: tuple[int, ...]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Simplex(Transform):
-    """Projects each output unit's weights onto the probability simplex: non-negative, with sum `total`.
+    """Makes each output unit's weights, a column of a kernel (in, out), non-negative with sum `total`.
+
+    This is the projection onto the probability simplex. For rows that sum to 1, give `axes=Axes(input=-1, output=-2)`.
 
     State: none, unless `total` is a schedule.
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxweights.core.axes import Axes, Reading
-from jaxweights.core.checks import check_order, check_scalar, check_weight
+from jaxweights.core.checks import check_broadcast, check_order, check_scalar, check_weight
 from jaxweights.core.transform import Number, Scalar, Transform
 from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.numerics.norms import safe_divide
+from jaxweights.techniques.weight_clipping.value import limit_of
 
 
 def bound_sum(
@@ -60,13 +63,11 @@ def bound_sum(
     over = Reading.of(axes, w.shape).contracted
     x = w.astype(accumulation_dtype(w.dtype))
     a = jnp.ones((), x.dtype) if normal is None else check_weight(normal, "normal").astype(x.dtype)
-    try:
-        a = jnp.broadcast_to(a, w.shape)
-    except ValueError as e:
-        raise ValueError(f"normal must broadcast to w {w.shape}, got shape {a.shape}: add axes with [..., None]") from e
-    low, high = (jnp.asarray(limit, x.dtype) for limit in (low, high))
+    check_broadcast("normal", a.shape, w.shape)
+    a = jnp.broadcast_to(a, w.shape)
+    bottom, top = limit_of(low, x.dtype), limit_of(high, x.dtype)
     total = jnp.sum(a * x, over, keepdims=True)
-    nearest = jnp.where(total > high, high, jnp.where(total < low, low, total))
+    nearest = jnp.where(total > top, top, jnp.where(total < bottom, bottom, total))
     size = jnp.sum(jnp.square(a), over, keepdims=True)
     # The inner `where` avoids inf − inf in units that stay unchanged.
     kept = (nearest == total) | (size == 0)
@@ -77,18 +78,24 @@ def bound_sum(
 
 @dataclasses.dataclass(frozen=True)
 class BoundSum(Transform):
-    """Projects each output unit's weights onto the slab low <= Σw <= high; `BoundSum(1.0, 1.0)` makes the sum 1.
+    """Projects each output unit's weights onto the slab low <= aᵀw <= high; `BoundSum(1.0, 1.0)` makes the sum 1.
+
+    a is `normal`, numbers that broadcast to `w` as in `bound_sum`, such as (n_in, 1) for a dense kernel; 1 by default.
+    It may be given as an array. The field holds nested tuples, so that specs can be compared and hashed.
 
     State: none, unless `low` or `high` is a schedule.
 
     >>> import jax.numpy as jnp
     >>> print(BoundSum(1.0, 1.0).apply(jnp.array([3.0, 1.0]), {}))
     [ 1.5 -0.5]
+    >>> print(BoundSum(high=0.0, normal=jnp.array([1.0, 0.0])).apply(jnp.array([3.0, 1.0]), {}))
+    [0. 1.]
     """
 
     low: Scalar = -math.inf
     high: Scalar = math.inf
     axes: Axes | None = None
+    normal: Any = dataclasses.field(default=None, kw_only=True)
     scheduled: ClassVar[frozenset[str]] = frozenset({"low", "high"})
     takes_axes: ClassVar[bool] = True
 
@@ -96,7 +103,31 @@ class BoundSum(Transform):
         check_scalar("low", self.low, schedule=True)
         check_scalar("high", self.high, schedule=True)
         check_order("low", self.low, "high", self.high)
+        if self.normal is not None:
+            object.__setattr__(self, "normal", _nested_tuples(_numbers(self.normal).tolist()))
 
     def apply(self, w, state):
-        """`bound_sum(w, low, high)`."""
-        return bound_sum(w, self.value("low", state), self.value("high", state), axes=self.axes)
+        """`bound_sum(w, low, high, normal=normal)`."""
+        w = check_weight(w)
+        normal = None if self.normal is None else jnp.asarray(self.normal, accumulation_dtype(w.dtype))
+        return bound_sum(w, self.value("low", state), self.value("high", state), normal=normal, axes=self.axes)
+
+
+def _numbers(normal: Any) -> np.ndarray:
+    """`normal` as an array of float64, or an error."""
+    if isinstance(normal, Tracer):
+        raise TypeError("normal must be known when the spec is made, got a traced array: use bound_sum")
+    try:
+        numbers = np.asarray(normal)
+    except ValueError:  # rows of several lengths
+        numbers = np.asarray(None)
+    if not (jnp.issubdtype(numbers.dtype, jnp.floating) or jnp.issubdtype(numbers.dtype, jnp.integer)):
+        raise TypeError(f"normal must be numbers, got {normal!r}: pass an array or nested tuples of one length")
+    numbers = numbers.astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError("normal must be finite, got NaN or infinity: look where it was computed")
+    return numbers
+
+
+def _nested_tuples(numbers: Any) -> Any:
+    return tuple(map(_nested_tuples, numbers)) if isinstance(numbers, list) else numbers

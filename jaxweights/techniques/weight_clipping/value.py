@@ -8,10 +8,12 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxweights.core.checks import check_order, check_scalar, check_weight
+from jaxweights.core.checks import check_broadcast, check_order, check_scalar, check_weight
 from jaxweights.core.transform import Number, Scalar, Transform
 from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.numerics.sixteen_bits import where
 
 
 def clip_weights(w: jax.Array, limit: Number) -> jax.Array:
@@ -50,33 +52,57 @@ def clip_range(w: jax.Array, low: Number = -math.inf, high: Number = math.inf) -
 
     Args:
       w: float array of any shape.
-      low: the lower limit, a number or a scalar array.
-      high: the upper limit, likewise. If an array `high` is less than `low`, the result is `high`.
+      low: the lower limit, a number or an array that broadcasts to `w`.
+      high: the upper limit, likewise. Where a JAX array `high` is less than `low`, the result is `high`.
 
     Returns:
       Array of the shape and dtype of `w`. The gradient is 1 where `w` is kept and 0 where it is clipped. NaN stays NaN.
 
     Raises:
-      TypeError: `w` is not a float array, or `low` or `high` is not a number.
-      ValueError: `low` or `high` is NaN, or `low` is greater than `high`.
+      TypeError: `w` is not a float array, or `low` or `high` is not a number or an array of numbers.
+      ValueError: `low` or `high` is NaN or does not broadcast to `w`, or `low` is greater than `high`.
 
     >>> import jax.numpy as jnp
     >>> print(clip_range(jnp.array([-3.0, 0.5, 2.0]), 0.0, 1.0))
     [0.  0.5 1. ]
+    >>> print(clip_range(jnp.array([-3.0, 0.5, 2.0]), jnp.array([-1.0, 0.0, 0.0]), jnp.array([0.0, 0.0, 1.0])))
+    [-1.  0.  1.]
 
     References: Lee and Seung, Learning the parts of objects by non-negative matrix factorization, Nature 401, 1999.
     """
     w = check_weight(w)
-    check_scalar("low", low)
-    check_scalar("high", high)
+    _check_limit("low", low, w.shape)
+    _check_limit("high", high, w.shape)
     check_order("low", low, "high", high)
-    low, high = (jnp.asarray(limit, accumulation_dtype(w.dtype)).astype(w.dtype) for limit in (low, high))
-    return _clip(w, low, high)
+    return _clip(w, limit_of(low, w.dtype, w.ndim), limit_of(high, w.dtype, w.ndim))
 
 
-def _clip(w: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    w = jnp.where(w < low, low, w)
-    return jnp.where(w > high, high, w)
+def _check_limit(name: str, limit, shape: tuple[int, ...]) -> None:
+    """Raises unless `limit` is a real number, or an array of them that broadcasts to `shape`. See `check_scalar`."""
+    if not isinstance(limit, jax.Array | np.ndarray) or limit.ndim == 0:
+        return check_scalar(name, limit)
+    check_broadcast(name, limit.shape, shape)
+    if not (jnp.issubdtype(limit.dtype, jnp.integer) or jnp.issubdtype(limit.dtype, jnp.floating)):
+        raise TypeError(f"{name} must be a number, got an array of dtype {limit.dtype}: pass real numbers")
+    if isinstance(limit, np.ndarray) and np.isnan(limit.astype(np.float64)).any():
+        raise ValueError(f"{name} must be made of numbers, got NaN: look where it was computed")
+
+
+def limit_of(limit: Number | np.ndarray, dtype: jnp.dtype, ndim: int = 0) -> jax.Array | np.ndarray:
+    """`limit` in a dtype, with `ndim` axes. Numbers stay in NumPy: `jax.debug_infs` allows no infinite JAX array."""
+    wide = accumulation_dtype(dtype)
+    a = (limit.astype(wide) if isinstance(limit, jax.Array) else np.asarray(limit, wide)).astype(dtype)
+    return a.reshape((1,) * (ndim - a.ndim) + a.shape) if a.ndim else a
+
+
+def _clip(w: jax.Array, low: jax.Array | np.ndarray, high: jax.Array | np.ndarray) -> jax.Array:
+    if not _is_number(low, -math.inf):
+        w = where(w < low, jnp.asarray(low), w)
+    return w if _is_number(high, math.inf) else where(w > high, jnp.asarray(high), w)
+
+
+def _is_number(limit: jax.Array | np.ndarray, number: float) -> bool:
+    return isinstance(limit, np.ndarray) and limit.ndim == 0 and bool(limit == number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +127,7 @@ class ClipWeights(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class ClipRange(Transform):
-    """Clips every weight to [low, high]: `ClipRange(0.0)` keeps it non-negative.
+    """Clips every weight to [low, high]: `ClipRange(0.0)` keeps it non-negative. Limits per weight: `clip_range`.
 
     State: none, unless `low` or `high` is a schedule.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxweights.core.checks import check_integer, check_weight
 from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.numerics.sharding import auto_sharded
+from jaxweights.techniques.weight_sharing.indices import index_dtype
 
 _LLOYD_STEPS = 50
 
@@ -23,9 +24,10 @@ def cluster(w: jax.Array, n_clusters: int) -> tuple[jax.Array, jax.Array]:
       n_clusters: number of distinct values, at least 1.
 
     Returns:
-      (codebook, index): the sorted centroids, shape (n_clusters,), in the dtype of `w`, and an int32 array of the shape
-      of `w`. `share(codebook, index)` is the clustered weight. An empty cluster keeps its centroid. A NaN or infinite
-      weight makes the codebook NaN.
+      (codebook, index): the sorted centroids, shape (n_clusters,), in the dtype of `w`, and an integer array of the
+      shape of `w`, of the smallest dtype that holds it and the −1 of `share`: int8 for up to 128 clusters.
+      `share(codebook, index)` is the clustered weight. An empty cluster keeps its centroid. A NaN or infinite weight
+      makes the codebook NaN.
 
     Raises:
       TypeError: `w` is not a float array, or `n_clusters` is not an integer.
@@ -45,7 +47,7 @@ def cluster(w: jax.Array, n_clusters: int) -> tuple[jax.Array, jax.Array]:
         raise ValueError(f"w of shape {w.shape} has no values to cluster: leave it out of `where`")
     x = w.astype(accumulation_dtype(w.dtype))
     centroids = auto_sharded(lambda x: _lloyd(x, n_clusters), x)
-    return centroids.astype(w.dtype), _nearest(x, centroids)
+    return centroids.astype(w.dtype), _nearest(x, centroids).astype(index_dtype(n_clusters))
 
 
 def _lloyd(x: jax.Array, n: int) -> jax.Array:
@@ -69,7 +71,7 @@ def _lloyd(x: jax.Array, n: int) -> jax.Array:
 
 def _nearest(x: jax.Array, centroids: jax.Array) -> jax.Array:
     """The index of the centroid nearest to each entry; ties go to the lower one."""
-    midpoints = centroids[:-1] / 2 + centroids[1:] / 2
+    midpoints = jnp.expand_dims(centroids[:-1] / 2 + centroids[1:] / 2, range(x.ndim))
     return jnp.sum(x[..., None] > midpoints, axis=-1, dtype=jnp.int32)
 
 
@@ -80,6 +82,7 @@ def group_means(x: jax.Array, index: jax.Array, centre: jax.Array) -> jax.Array:
     are divided by the size of `x` so that the sum does not overflow. The sum is multiplied by it afterwards; otherwise
     XLA would accumulate on top of `centre`.
     """
+    index = index.astype(jnp.int32)  # JAX compares an index with the size in the dtype of the index
     count = jnp.zeros(centre.shape, jnp.int32).at[index].add(1)
     total = jnp.zeros_like(centre).at[index].add((x - centre[index]) / x.size)
     return centre + total * (x.size / jnp.maximum(count, 1).astype(x.dtype))

@@ -12,6 +12,15 @@ from jaxweights.core.checks import check_integer, check_shape
 from jaxweights.core.convolution import Convolution, Padding
 
 
+def index_dtype(n: int) -> np.dtype:
+    """The smallest integer dtype that holds −1 ... n − 1.
+
+    >>> print(index_dtype(128), index_dtype(129), index_dtype(2**15 + 1))
+    int8 int16 int32
+    """
+    return np.dtype(next(kind for kind in (np.int8, np.int16, np.int32) if n - 1 <= np.iinfo(kind).max))
+
+
 def conv_index(
     kernel_shape: Sequence[int],
     input_shape: Sequence[int],
@@ -32,7 +41,8 @@ def conv_index(
       padding: "SAME", "VALID", "CIRCULAR", or (before, after) per axis of the window.
 
     Returns:
-      int32 numpy array, shape (input size, output size): a constant that need only be computed once.
+      Numpy array of the smallest integer dtype that holds it, shape (input size, output size): a constant that need
+      only be computed once.
 
     Raises:
       TypeError: a shape or stride is not made of integers.
@@ -41,7 +51,7 @@ def conv_index(
     >>> conv_index((2, 1, 1), (3, 1), padding="VALID")      # a window of two over three positions
     array([[ 0, -1],
            [ 1,  0],
-           [-1,  1]], dtype=int32)
+           [-1,  1]], dtype=int8)
 
     References: LeCun et al., Backpropagation Applied to Handwritten Zip Code Recognition, Neural
     Computation 1989.
@@ -53,8 +63,10 @@ def conv_index(
             f"a circular window of {conv.window} overlaps itself on an image of {space}, where one position needs the "
             f"sum of two weights: use a smaller window"
         )
-    index = np.full((*space, conv.input_shape[-1], *conv.output_shape), -1, np.int32)
-    weights = np.arange(math.prod(kernel_shape), dtype=np.int32).reshape(kernel_shape)
+    size = math.prod(kernel_shape)
+    dtype = index_dtype(size)
+    index = np.full((*space, conv.input_shape[-1], *conv.output_shape), -1, dtype)
+    weights = np.arange(size, dtype=dtype).reshape(kernel_shape)
     for position in itertools.product(*map(range, out_space)):
         for offset in itertools.product(*map(range, conv.window)):
             steps = zip(position, conv.strides, conv.pads, offset, strict=True)
@@ -77,7 +89,7 @@ def hash_index(shape: Sequence[int], n: int, seed: int = 0) -> np.ndarray:
       seed: integer that picks the hash function.
 
     Returns:
-      int32 numpy array of the given shape.
+      Numpy array of the given shape, of the smallest integer dtype that holds −1 to n − 1.
 
     Raises:
       TypeError: `n`, `seed` or a size in `shape` is not an integer.
@@ -96,4 +108,4 @@ def hash_index(shape: Sequence[int], n: int, seed: int = 0) -> np.ndarray:
     for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):  # splitmix64
         h = (h ^ (h >> np.uint64(shift))) * np.uint64(multiplier)
     h ^= h >> np.uint64(31)
-    return (h % np.uint64(n)).astype(np.int32).reshape(shape)
+    return (h % np.uint64(n)).astype(index_dtype(n)).reshape(shape)

@@ -61,7 +61,7 @@ class ShareWeights(Transform):
     (`hash_index`). The mean is the orthogonal projection onto the subspace of shared weights. The members of a group
     therefore stay equal after `optax` updates, and each receives the mean gradient of its group.
 
-    State: `index`, int32, shape of `w`: the group of each weight.
+    State: `index`, shape of `w`, of the smallest integer dtype that holds it: the group of each weight.
 
     >>> import jax, jax.numpy as jnp
     >>> w, t = jnp.array([0.0, 0.25, 1.0, 1.25]), ShareWeights(2)
@@ -91,7 +91,7 @@ class ShareWeights(Transform):
     def apply(self, w, state):
         """The mean of each group, at each of its positions."""
         w = check_weight(w)
-        check_state(state, index=w.shape)
+        check_state(state, index=jax.ShapeDtypeStruct(w.shape, jnp.int32))
 
         def average(w, index):
             x = w.astype(accumulation_dtype(w.dtype))
