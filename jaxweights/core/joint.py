@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from jaxweights.core.axes import Axes
 from jaxweights.core.checks import naming
 from jaxweights.core.tracing import traced_once
 from jaxweights.core.transform import State, Transform
+from jaxweights.numerics.batching import grouped, likeness, unstacked
 
 Weights = Mapping[str, jax.Array]
 """Weights by path."""
@@ -109,19 +108,13 @@ def apply(t: Transform, w: jax.Array, state: State) -> jax.Array:
 def in_batches(
     t: Any, arguments: Mapping[str, tuple], axes: Mapping[str, Axes], f: Callable[..., State]
 ) -> dict[str, State]:
-    """{path: f(t with the axes of the path, *arguments)}; weights that are alike are stacked and share one `vmap`.
-
-    Alike are weights of one reading, shape, dtype and sharding whose paths differ only in numbers. The paths matter for
-    shardings that a jitted function cannot see: the layers of a model are sharded alike, but its query and its output
-    projection are not, and stacking these would move weights between devices.
-    """
-    groups: dict[Any, list[str]] = {}
-    for path, given in arguments.items():
-        leaves, treedef = jax.tree.flatten(given)
-        role = re.sub(r"\d+", "#", path)
-        groups.setdefault((axes.get(path), role, treedef, tuple(map(_signature, leaves))), []).append(path)
+    """{path: f(t with the axes of the path, *arguments)}; weights of one reading that are alike share one `vmap`."""
+    paths, flat = list(arguments), [jax.tree.flatten(given) for given in arguments.values()]
+    keys = [(axes.get(p), treedef, likeness(p, *leaves)) for p, (leaves, treedef) in zip(paths, flat, strict=True)]
     states: dict[str, State] = {}
-    for (reading, *_), members in groups.items():
+    for group in grouped(keys):
+        members = [paths[i] for i in group]
+        reading, *_ = keys[group[0]]
         spec = t if reading is None else t.with_axes(reading)
         with naming(type(t).__name__, members[0]):
             if len(members) == 1:
@@ -129,15 +122,6 @@ def in_batches(
                 continue
             stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(arguments[path] for path in members))
             result = jax.vmap(lambda *stacked, spec=spec: f(spec, *stacked))(*stacked)
-            entries = {n: _unstacked(a) for n, a in result.items()}
+            entries = {n: unstacked(a) for n, a in result.items()}
             states |= {path: {n: parts[i] for n, parts in entries.items()} for i, path in enumerate(members)}
     return {path: states[path] for path in arguments}
-
-
-def _unstacked(a: jax.Array) -> list[jax.Array]:
-    return [jax.lax.squeeze(part, [0]) for part in jax.lax.split(a, [1] * len(a))]
-
-
-def _signature(x: jax.Array) -> tuple:
-    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
-    return (x.shape, x.dtype, sharding)

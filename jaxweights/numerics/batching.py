@@ -1,12 +1,14 @@
-"""Sequential loops and conditionals that stay sequential and conditional under `vmap`."""
+"""Batches of arrays that are alike; loops and conditionals that stay so under `vmap`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 def map_matrices(f: Callable[..., Any], *arrays: jax.Array) -> Any:
@@ -29,7 +31,8 @@ def apply_if(needed: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
 
     def keep_sharding(new, old):
         sharding = jax.typeof(old).sharding
-        return new if jax.typeof(new).sharding == sharding else jax.sharding.reshard(new, sharding)
+        free = sharding.mesh.empty or jax.typeof(new).sharding == sharding
+        return new if free else jax.sharding.reshard(new, sharding)
 
     def is_needed(state):
         needed, _ = state
@@ -41,3 +44,34 @@ def apply_if(needed: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
 
     _, x = jax.lax.while_loop(is_needed, run_once, (needed, x))
     return x
+
+
+def grouped(keys: Iterable[Hashable]) -> list[list[int]]:
+    """The positions of each key, in the order in which keys first occur.
+
+    >>> grouped("abac")
+    [[0, 2], [1], [3]]
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def likeness(path: str, *arrays: jax.Array) -> Hashable:
+    """Equal for weights to compute on in one batch: of one shape, dtype and sharding, at paths that differ in numbers.
+
+    The paths matter for shardings that a jitted function cannot see: the layers of a model are sharded alike, but its
+    query and its output projection are not, and stacking these would move weights between devices.
+    """
+    return re.sub(r"\d+", "#", path), tuple((a.shape, a.dtype, _sharding(a)) for a in arrays)
+
+
+def _sharding(a: jax.Array) -> jax.sharding.Sharding | None:
+    """The sharding of an array; under jit, what its type has of it. None for NumPy arrays."""
+    return jax.typeof(a).sharding if isinstance(a, Tracer) else getattr(a, "sharding", None)
+
+
+def unstacked(a: jax.Array) -> list[jax.Array]:
+    """The entries of an array along its first axis."""
+    return [jax.lax.squeeze(part, [0]) for part in jax.lax.split(a, [1] * len(a))]

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from x64 import enable_x64
 
-from jaxweights.numerics import selection
 from jaxweights.numerics.counts import count
-from jaxweights.numerics.selection import by_magnitude, by_value, smallest_mask, smallest_masks
+from jaxweights.numerics.pool import Pool
+from jaxweights.numerics.selection import Entries, by_magnitude, by_value, smallest_mask, smallest_masks
 
 FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
 RANKS = [by_magnitude, by_value]
@@ -101,6 +101,44 @@ def test_of_several_arrays_is_that_of_one():
     np.testing.assert_array_equal(smallest_masks([half, brain], 3), [[True, False], [True, True]])
 
 
+def test_arrays_that_are_alike_are_stacked_and_tie_in_order():
+    rng = np.random.default_rng(0)
+    shapes, alike = [(3, 5), (7,), (3, 5), (2, 2), (7,), (3, 5)], "abacbd"
+    xs = [rng.integers(-2, 3, s).astype(np.float32) for s in shapes]
+    every = np.concatenate([x.ravel() for x in xs])
+    ks = np.arange(len(every) + 1)
+    select = lambda k: smallest_masks(list(map(jnp.asarray, xs)), k, alike=alike)
+    found = np.concatenate([np.reshape(m, (len(ks), -1)) for m in jax.jit(jax.vmap(select))(ks)], 1)
+    np.testing.assert_array_equal(found, argsort_rule(np.tile(every, (len(ks), 1)), ks))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, jnp.float8_e4m3fn], **named)
+@pytest.mark.parametrize("n", [12, 40])
+def test_entries_that_come_first_or_last_whatever_their_values(dtype, n):
+    """Infinity and NaN of either sign among them; along an axis of few entries, of more, and of several arrays."""
+    x, k = rows(dtype, n, 400)
+    first, last = np.random.default_rng(1).random((2, *x.shape)) < [[[0.3]], [[0.4]]]
+    last &= ~first
+    # The places of the values, with those that come first or last moved to either end; they tie among themselves.
+    order = np.where(first, -1.0, np.where(last, n, np.float64(rank_places(x))))
+    expected = argsort_rule(order, k, by_value)
+    along = lambda x, first, last, k: smallest_mask(Entries(x, first, last), k[:, None], axis=(1,), rank=by_value)
+    np.testing.assert_array_equal(jax.jit(along)(x, first, last, k), expected)
+    joint = lambda x, first, last, k: smallest_masks(
+        [Entries(a, b, c) for a, b, c in zip(*(jnp.split(a, 2) for a in (x, first, last)), strict=True)],
+        k,
+        rank=by_value,
+    )
+    found = np.concatenate(jax.jit(jax.vmap(joint))(x[:50], first[:50], last[:50], k[:50]), 1)
+    np.testing.assert_array_equal(found, expected[:50])
+
+
+def rank_places(x):
+    """For each entry of a row, how many distinct values are below it; NaN of either sign is one, above infinity."""
+    x = np.where(np.isnan(np.float64(x)), np.nan, np.float64(x))
+    return np.stack([np.unique(row, return_inverse=True)[1] for row in x])
+
+
 def test_float64():
     with enable_x64(True):
         x = np.concatenate([1 + np.random.default_rng(0).normal(size=50) * 1e-12, [0, 0, np.nan, np.inf]])
@@ -123,7 +161,7 @@ def test_counts_past_32_bits(optimizing):
     """Counts in a virtual array of 70,000 x 65,536 entries, using only its indices and storing none."""
 
     def counts():
-        pool = selection._Pool(jnp.zeros((70_000, 65_536)), (0, 1))
+        pool = Pool(jnp.zeros((70_000, 65_536)), (0, 1))
         row = jax.lax.broadcasted_iota(jnp.uint32, pool.x.shape, 0)  # sixteenths of the rows
         return pool.count([row < 15, row < 16])
 

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from x64 import enable_x64
 
 import jaxweights as jw
 from jaxweights.core.axes import axes_or_default
+from jaxweights.techniques.sparsification.one_shot.second_moment import inverse_factor
 
 
 def normal(*shape, seed=0):
@@ -226,6 +228,54 @@ def test_reconstruction_where_inputs_are_linearly_dependent(noise):
     new = reconstruct(jnp.float32(w), mask, jnp.float32(moment(x)))
     assert error(w, new, x) <= 1.2 * error(w, least_squares(w, mask, x), x) + 1e-9
     assert np.abs(new).max() < 10
+
+
+SINGULAR = {
+    "rank 1": np.outer(normal(90), normal(48, seed=1)),
+    "rank 10": normal(90, 10) @ normal(10, 48, seed=1),
+    "fewer samples than inputs": normal(20, 48),
+    "each input twice": np.repeat(normal(90, 24), 2, 1),
+    "each input twice, at other scales": np.repeat(normal(90, 24), 2, 1) * np.exp(3 * normal(48, seed=1)),
+    "constant": np.ones((5, 48)),
+    "never": np.zeros((5, 48)),
+    "some never": normal(90, 48) * (np.arange(48) % 3 > 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)])
+def test_singular_second_moments(dtype):
+    """Without damping SparseGPT beats Wanda, and reconstruction is least squares on the mask."""
+    w = normal(48, 12, seed=3)
+    with enable_x64(dtype == jnp.float64):
+        prune = jax.jit(lambda w, h, norm: (jw.sparsegpt(w, h, 0.5, damping=0.0), jw.wanda_mask(w, norm, 0.5)))
+        for name, x in SINGULAR.items():
+            h = jnp.asarray(moment(x), dtype)
+            (new, mask), of_wanda = prune(jnp.asarray(w, dtype), h, jnp.asarray(np.linalg.norm(x, axis=0), dtype))
+            assert np.isfinite(new).all() and np.sum(~mask) == w.size // 2, name
+            for chosen in (mask, of_wanda):
+                restored = np.asarray(reconstruct(jnp.asarray(w, dtype), chosen, h))
+                assert np.isfinite(restored).all() and not restored[~np.asarray(chosen)].any(), name
+                best = np.zeros_like(w)
+                for j, kept in enumerate(np.asarray(chosen).T):
+                    best[kept, j] = np.linalg.lstsq(x[:, kept], x @ w[:, j])[0]
+                outputs = x @ w if x.any() else np.ones(1)
+                relative = lambda new, x=x, outputs=outputs: np.sum((x @ (new - w)) ** 2) / np.sum(outputs**2)
+                assert relative(restored) <= 1.001 * relative(best) + 1e-9, name
+            if "scales" not in name:  # where only the dominant inputs count, neither is better
+                assert relative(np.float64(new)) <= relative(np.where(of_wanda, w, 0)), name
+            if name in ("rank 1", "constant"):  # half of the inputs restore the output
+                assert relative(np.float64(new)) < 1e-9, name
+
+
+def test_the_factor_of_a_sound_matrix_is_that_of_the_inverse():
+    h = moment(normal(200, 30) * np.exp(3 * normal(30, seed=1)))
+    for damping in (0.0, 0.01):
+        u = np.float64(jax.jit(inverse_factor)(jnp.float32(h), damping))
+        scale = np.sqrt(np.diag(h) + damping * np.mean(np.diag(h)))
+        inverse = np.linalg.inv(h + damping * np.mean(np.diag(h)) * np.eye(30))
+        np.testing.assert_array_equal(u, np.triu(u))
+        np.testing.assert_allclose(u.T @ u * scale * scale[:, None], inverse * scale * scale[:, None], atol=1e-4)
+    assert np.isnan(jax.jit(inverse_factor)(jnp.full((3, 3), jnp.nan), 0.0)).any()
 
 
 # Layouts, values, devices

@@ -132,6 +132,22 @@ def test_bytes_are_those_of_the_arrays():
     assert jw.sparse.pack_blocks(corner, block=(16, 16)).nbytes == 2 * (16 * 16 * 4 + 4 + 4)
 
 
+@pytest.mark.parametrize("block", [(4, 3), (16, 2), (3, 16)])
+def test_blocks_that_do_not_divide_the_matrix(block):
+    w = normal(10, 7) * np.kron(normal(5, 7, seed=1) > 0, np.ones((2, 1), np.float32))
+    x = normal(4, 10, seed=2)
+
+    @jax.jit
+    def run(w, x):
+        stored = jw.sparse.pack_blocks(w, block=block, n_blocks=9)
+        return stored.todense(), x @ stored, x[0] @ stored
+
+    dense, many, one = run(w, x)
+    np.testing.assert_array_equal(bits(dense), bits(np.where(w == 0, np.float32(0), w)))
+    np.testing.assert_allclose(many, np.float64(x) @ w, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(one, np.float64(x[0]) @ w, rtol=1e-5, atol=1e-5)
+
+
 def test_the_exports_have_the_indices_of_numpy():
     w = masked(normal(40, 30), normal(40, 30, seed=1) > 1)
     rows, columns = np.nonzero(w)

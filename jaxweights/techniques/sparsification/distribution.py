@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.core.axes import Axes
-from jaxweights.core.checks import check_scalar, check_weight, naming
+from jaxweights.core.checks import check_weight, naming
 from jaxweights.core.transform import Number
-from jaxweights.numerics.counts import Count, count, fraction_of, scaled, select, smaller
-from jaxweights.numerics.selection import by_value, smallest_mask, smallest_masks
+from jaxweights.numerics.batching import grouped, likeness, unstacked
+from jaxweights.numerics.counts import Count, count, fraction_of, round_half_up, scaled, select, smaller
+from jaxweights.numerics.selection import Entries, by_value, count_true, smallest_mask, smallest_masks
 from jaxweights.techniques.sparsification.masks import check_boolean
+from jaxweights.techniques.sparsification.pattern import check_fraction
 from jaxweights.techniques.sparsification.structure import Structure
 from jaxweights.techniques.sparsification.tiles import Tiles
 
@@ -47,20 +49,79 @@ class Global:
     pruned first, then the one with the lower flat index. With a structure, blocks or units are counted, whatever their
     size.
 
+    A layer of small weights may lose all of them. With a cap it does not: what it would lose beyond is pruned from
+    the other weights, so the total stays exact. The cap holds for each matrix, such as a layer of a stack.
+
+    Args:
+      max_sparsity: the largest fraction of zeros of a weight, a Python number in [0, 1]; at most
+        ⌊max_sparsity·n⌋ of n are pruned. Where the caps leave no room for as many zeros as `sparsity` asks for, it is
+        an error; if `sparsity` is traced (a schedule), every weight is then pruned up to its cap.
+
     >>> import jax.numpy as jnp
-    >>> masks = Global().masks({"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}, 0.5)
+    >>> scores = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
+    >>> masks = Global().masks(scores, 0.5)
     >>> print(masks["a"], masks["b"])
     [False False] [ True  True]
+    >>> masks = Global(max_sparsity=0.5).masks(scores, 0.5)
+    >>> print(masks["a"], masks["b"])
+    [False  True] [False  True]
     """
+
+    max_sparsity: float = 1.0
+
+    def __post_init__(self):
+        if isinstance(self.max_sparsity, jax.Array):
+            raise TypeError("max_sparsity must be a Python number, got a JAX array: it decides counts, so write 0.9")
+        check_fraction("max_sparsity", self.max_sparsity)
 
     def masks(self, scores, sparsity, *, structure=None, axes=None, within=None):
         """Returns the masks by path."""
-        tiles, tile_scores = _tiled(type(self).__name__, scores, sparsity, structure, axes, within)
+        tiles, entries = _tiled(type(self).__name__, scores, sparsity, structure, axes, within)
+        n_tiles = sum(t.n_matrices * t.n_tiles for t in tiles.values())
+        n_pruned = fraction_of(sparsity, n_tiles)
+        if self.max_sparsity < 1:
+            room = sum(t.n_matrices * self._cap(t) for t in tiles.values())
+            if not isinstance(sparsity, jax.Array) and round_half_up(float(sparsity), n_tiles) > room:
+                raise ValueError(
+                    f"{self} leaves room for {room} zeros among {n_tiles}, too few for sparsity={sparsity}: raise "
+                    f"max_sparsity or lower sparsity"
+                )
+            n_pruned = smaller(n_pruned, count(room))
+            caps = {path: t.per_matrix(_counts([self._cap(t)] * t.n_matrices)) for path, t in tiles.items()}
+            within_cap = _smallest_of_each(tiles, entries, caps)
+            entries = {path: e._replace(last=~within_cap[path]) for path, e in entries.items()}
         paths = sorted(scores)
-        n_tiles = sum(tiles[p].n_matrices * tiles[p].n_tiles for p in paths)
-        masks = smallest_masks([tile_scores[p] for p in paths], fraction_of(sparsity, n_tiles), rank=by_value)
+        alike = [likeness(path, entries[path].x) for path in paths]
+        masks = smallest_masks([entries[path] for path in paths], n_pruned, rank=by_value, alike=alike)
         pruned = dict(zip(paths, masks, strict=True))
-        return {p: tiles[p].expand(~pruned[p], like=scores[p]) for p in scores}
+        return {path: tiles[path].expand(~pruned[path], like=scores[path]) for path in scores}
+
+    def capped(self, masks, *, structure=None, axes=None) -> dict[str, jax.Array]:
+        """Returns by path whether a weight is at the cap: whether any of its matrices can lose nothing more.
+
+        Args:
+          masks: {path: boolean array}, true where a weight is kept, such as {path: w != 0}.
+          structure: the structure that was pruned.
+          axes: {path: Axes}.
+
+        >>> import jax.numpy as jnp
+        >>> weights = {"small": jnp.array([0.0, 2.0]), "large": jnp.array([3.0, 4.0])}
+        >>> at_cap = Global(max_sparsity=0.5).capped({path: w != 0 for path, w in weights.items()})
+        >>> [path for path, yes in at_cap.items() if yes]
+        ['small']
+        """
+        _check_by_path("masks", masks)
+        at_cap = {}
+        for path, mask in masks.items():
+            with naming(type(self).__name__, path):
+                t = Tiles(jnp.shape(mask), structure, (axes or {}).get(path))
+                kept = t.any(check_boolean("masks", mask, t.shape))
+                at_cap[path] = jnp.any(count_true(kept, t.axis) <= count(t.n_tiles - self._cap(t)))
+        return at_cap
+
+    def _cap(self, tiles: Tiles) -> int:
+        """The largest number of tiles to prune in one matrix. The fraction is taken as written: 0.29 of 100 is 29."""
+        return math.floor(Fraction(str(float(self.max_sparsity))) * tiles.n_tiles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,31 +144,44 @@ class ErdosRenyi:
 
     def masks(self, scores, sparsity, *, structure=None, axes=None, within=None):
         """Returns the masks by path."""
-        tiles, tile_scores = _tiled(type(self).__name__, scores, sparsity, structure, axes, within)
-        n_pruned = _count_pruned(tiles, sparsity)
-        masks = {}
-        for path, t in tiles.items():
-            pruned = smallest_mask(tile_scores[path], n_pruned[path], axis=t.axis, rank=by_value)
-            masks[path] = t.expand(~pruned, like=scores[path])
-        return masks
+        tiles, entries = _tiled(type(self).__name__, scores, sparsity, structure, axes, within)
+        pruned = _smallest_of_each(tiles, entries, _count_pruned(tiles, sparsity))
+        return {path: t.expand(~pruned[path], like=scores[path]) for path, t in tiles.items()}
 
 
-def _tiled(name: str, scores, sparsity, structure, axes, within) -> tuple[dict[str, Tiles], dict[str, jax.Array]]:
+def _tiled(name: str, scores, sparsity, structure, axes, within) -> tuple[dict[str, Tiles], dict[str, Entries]]:
     """The tiles of each weight and their scores, by path."""
     if isinstance(sparsity, tuple):
         raise ValueError(f"sparsity={sparsity} is the same in all weights, but {name} distributes a fraction: give one")
-    check_scalar("sparsity", sparsity, 0, 1)
-    if not isinstance(scores, Mapping):
-        kind = type(scores).__name__
-        raise TypeError(f"scores must be a dict {{path: array}}, got {kind}: for one weight use keep_largest")
-    tiles, tile_scores = {}, {}
+    check_fraction("sparsity", sparsity)
+    _check_by_path("scores", scores)
+    tiles, entries = {}, {}
     for path, s in scores.items():
         with naming(name, path):
             s = check_weight(s, "scores")
-            mask = None if within is None else check_boolean("within", within[path], s.shape)
-            tiles[path] = Tiles(s.shape, structure, (axes or {}).get(path))
-            tile_scores[path] = tiles[path].scores(s, mask)
-    return tiles, tile_scores
+            t = tiles[path] = Tiles(s.shape, structure, (axes or {}).get(path))
+            first = None if within is None else ~t.any(check_boolean("within", within[path], s.shape))
+            entries[path] = Entries(t.scores(s), first)
+    return tiles, entries
+
+
+def _check_by_path(name: str, arrays) -> None:
+    if not isinstance(arrays, Mapping):
+        kind = type(arrays).__name__
+        raise TypeError(f"{name} must be a dict {{path: array}}, got {kind}: for one weight use keep_largest")
+
+
+def _smallest_of_each(
+    tiles: Mapping[str, Tiles], entries: Mapping[str, Entries], n: Mapping[str, Count]
+) -> dict[str, jax.Array]:
+    """The masks of the n smallest tiles of each matrix, by path. Weights that are alike are stacked."""
+    paths, masks = list(tiles), {}
+    for group in grouped((likeness(path, entries[path].x), tiles[path].axis) for path in paths):
+        members = [paths[i] for i in group]
+        stacked, k = jax.tree.map(lambda *arrays: jnp.stack(arrays), *((entries[p], n[p]) for p in members))
+        axis = [a + 1 for a in tiles[members[0]].axis]
+        masks |= zip(members, unstacked(smallest_mask(stacked, k, axis=axis, rank=by_value)), strict=True)
+    return masks
 
 
 def _count_pruned(tiles: Mapping[str, Tiles], sparsity: Number) -> dict[str, Count]:
@@ -147,7 +221,7 @@ def _share(tiles: Tiles) -> Fraction:
     """Σ(dims) of one matrix, in tiles: how many it keeps for ε = 1."""
     roles, shape = tiles.reading, tiles.shape
     dims = math.prod(shape[a] for a in roles.input) + math.prod(shape[a] for a in roles.output)
-    return Fraction(dims + sum(shape[a] for a in roles.window), max(tiles.tile_size, 1))
+    return Fraction((dims + sum(shape[a] for a in roles.window)) * tiles.n_tiles, max(tiles.matrix_size, 1))
 
 
 def _sums_after(values: Sequence) -> list:

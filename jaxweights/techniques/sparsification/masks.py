@@ -9,7 +9,7 @@ from jaxweights.core.axes import Axes
 from jaxweights.core.checks import check_scalar, check_weight
 from jaxweights.core.transform import Number
 from jaxweights.numerics.counts import fraction_of, scaled
-from jaxweights.numerics.selection import Rank, by_magnitude, by_value, count_true, smallest_mask
+from jaxweights.numerics.selection import Entries, Rank, by_magnitude, by_value, count_true, smallest_mask
 from jaxweights.numerics.sharding import auto_sharded
 from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity
 from jaxweights.techniques.sparsification.structure import Structure
@@ -32,9 +32,10 @@ def keep_largest(
     Args:
       scores: float array of any shape. Scores may be negative.
       sparsity: fraction of zeros in [0, 1], a number or a scalar array; or (n, m) for N:M sparsity, such as (2, 4):
-        n of every m consecutive inputs of each output unit are kept.
+        n of every m consecutive inputs of each output unit are kept. To prune k of n, give k / n: 1 is all of them.
       structure: what is kept or pruned as a whole: `Blocks`, `OutputUnits` or `InputUnits`. The count is then one of
-        these, and their score is the Euclidean norm of the scores in them. By default, single weights.
+        these, whatever their size, and their score is the Euclidean norm of the scores in them, or another `pool`. By
+        default, single weights.
       axes: how the weight is read as a matrix, (..., in, out) by default. Each index along its batch axes, such as a
         layer of a stack, is a matrix with a count of its own.
       within: boolean array of the shape of `scores`. Weights where it is false are pruned first; they are part of the
@@ -70,7 +71,8 @@ def magnitude_mask(
     Args:
       w: float array of any shape.
       sparsity: fraction of zeros in [0, 1], a number or a scalar array; or (n, m) for N:M sparsity.
-      structure: what is kept or pruned as a whole, by its norm: `Blocks`, `OutputUnits` or `InputUnits`.
+      structure: what is kept or pruned as a whole, by its norm or another `pool`: `Blocks`, `OutputUnits` or
+        `InputUnits`.
       axes: how `w` is read as a matrix, (..., in, out) by default.
 
     Returns:
@@ -87,7 +89,8 @@ def magnitude_mask(
     References: Han, Pool, Tran and Dally, Learning both Weights and Connections for Efficient Neural Networks,
     arXiv:1506.02626, 2015.
     """
-    return _keep_largest(check_weight(w), sparsity, structure, axes, by_magnitude, within=None)
+    w = check_weight(w)
+    return _keep_largest(w if structure is None else jnp.abs(w), sparsity, structure, axes, by_magnitude, within=None)
 
 
 def drop_and_grow(
@@ -107,7 +110,7 @@ def drop_and_grow(
 
     Args:
       mask: boolean array of any shape, true where a weight is kept.
-      drop: float array of the same shape, by which weights are dropped, above −∞.
+      drop: float array of the same shape, by which weights are dropped.
       grow: float array of the same shape, by which weights are grown.
       fraction: number in [0, 1], or a scalar array, rounded to a multiple of 2⁻²⁴.
       structure: what is kept or pruned as a whole, as for `keep_largest`.
@@ -136,15 +139,14 @@ def drop_and_grow(
     ratio = jnp.round(jnp.clip(jnp.asarray(fraction, jnp.float32), 0, 1) * 2**24).astype(jnp.uint32)
     ratio = jnp.where(ratio == 2**24, jnp.uint32(2**32 - 1), ratio << 8)
 
-    def smallest(scores, n):
+    def smallest(scores: Entries, n):
         return smallest_mask(scores, n, axis=tiles.axis, rank=by_value)
 
     def rewire(mask, drop, grow, ratio):
         kept = tiles.any(mask)
         n_pruned, n_dropped = count_true(~kept, tiles.axis), scaled(count_true(kept, tiles.axis), ratio)
-        # −∞ puts the pruned tiles before the dropped ones; NaN ranks highest, so what survives is not pruned.
-        survives = ~smallest(jnp.where(kept, tiles.scores(drop), -jnp.inf), n_pruned + n_dropped)
-        pruned = smallest(jnp.where(survives, jnp.nan, tiles.scores(grow)), n_pruned)
+        survives = ~smallest(Entries(tiles.scores(drop), first=~kept), n_pruned + n_dropped)
+        pruned = smallest(Entries(tiles.scores(grow), last=survives), n_pruned)
         return tiles.expand(~pruned, like=drop)
 
     return auto_sharded(rewire, mask, drop, grow, ratio, like=drop)
@@ -157,7 +159,7 @@ def _keep_largest(scores, sparsity: Sparsity, structure, axes, rank: Rank, withi
     n_pruned = None if isinstance(sparsity, tuple) else fraction_of(sparsity, tiles.n_tiles)
 
     def keep(scores, n_pruned, within):
-        ranked = tiles.scores(scores, within)
+        ranked = Entries(tiles.scores(scores), first=None if within is None else ~tiles.any(within))
         if isinstance(sparsity, tuple):
             pruned = _pruned_by_pattern(ranked, sparsity, tiles.input_axis, rank)
         else:
@@ -167,11 +169,11 @@ def _keep_largest(scores, sparsity: Sparsity, structure, axes, rank: Rank, withi
     return auto_sharded(keep, scores, n_pruned, within, like=scores)
 
 
-def _pruned_by_pattern(scores: jax.Array, pattern: tuple[int, int], axis: int, rank: Rank) -> jax.Array:
+def _pruned_by_pattern(scores: Entries, pattern: tuple[int, int], axis: int, rank: Rank) -> jax.Array:
     """True at the m − n smallest of every m consecutive scores along `axis`, for `pattern` (n, m)."""
     n, m = pattern
-    shape = scores.shape
-    groups = scores.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
+    shape = scores.x.shape
+    groups = jax.tree.map(lambda a: a.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :]), scores)
     return smallest_mask(groups, m - n, axis=(axis + 1,), rank=rank).reshape(shape)
 
 

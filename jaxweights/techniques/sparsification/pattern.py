@@ -9,10 +9,19 @@ Sparsity = Number | tuple[int, int]
 """The fraction of zeros in [0, 1]; or (n, m), to keep n of every m consecutive inputs of an output unit."""
 
 
-def check_sparsity(sparsity, n_inputs: int) -> None:
+def check_fraction(name: str, value, *, schedule: bool = False) -> None:
+    """Raises unless `value` is a fraction in [0, 1]; the value of a JAX array or a schedule is not checked."""
+    if isinstance(value, list) and len(value) == 2:
+        raise TypeError(f"{name} must be a fraction or a tuple (n, m), got the list {value!r}: write {tuple(value)!r}")
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}: for k of n weights or units, write k / n")
+    check_scalar(name, value, 0, 1, schedule=schedule)
+
+
+def check_sparsity(sparsity, n_inputs: int, *, schedule: bool = False) -> None:
     """Raises unless `sparsity` is a fraction, or an (n, m) whose m divides `n_inputs`."""
     if not isinstance(sparsity, tuple):
-        check_scalar("sparsity", sparsity, 0, 1)
+        check_fraction("sparsity", sparsity, schedule=schedule)
         return
     if len(sparsity) != 2:
         raise ValueError(f"sparsity must be a fraction or (n, m), got {sparsity!r}: write (2, 4) for 2:4")

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes
-from jaxweights.core.checks import check_scalar, check_state, check_weight
-from jaxweights.core.joint import JointTransform, for_each
+from jaxweights.core.checks import check_state, check_weight
+from jaxweights.core.joint import JointTransform, for_each, in_batches
 from jaxweights.core.transform import Scalar, State
 from jaxweights.numerics.batching import apply_if
 from jaxweights.numerics.straight_through import straight_through
@@ -40,6 +40,7 @@ class Prune(JointTransform):
 
     Args:
       sparsity: fraction of zeros in [0, 1], a number or a schedule; or (n, m), to keep n of every m consecutive inputs.
+        It is never a count: 1 prunes all, and k of n units are k / n.
       score: keeps the largest: one of `jaxweights.scores`, or any function f(w), f(w, grad) or f(w, key) that returns
         an array of the shape of w.
       structure: what is pruned as a unit, as in `keep_largest`.
@@ -78,10 +79,7 @@ class Prune(JointTransform):
     def __post_init__(self):
         scores.needs(self.score)
         check_tiling(self.structure)
-        if isinstance(self.sparsity, tuple):
-            check_sparsity(self.sparsity, 0)
-        else:
-            check_scalar("sparsity", self.sparsity, 0, 1, schedule=True)
+        check_sparsity(self.sparsity, 0, schedule=True)
         if self.distribution is None:
             return
         if isinstance(self.distribution, type) or not callable(getattr(self.distribution, "masks", None)):
@@ -98,7 +96,7 @@ class Prune(JointTransform):
 
     def init_all(self, ws, keys, axes):
         """Makes the masks for the initial weights; all true if the score needs gradients."""
-        states = for_each(self, ws, axes, lambda t, path: t._start(ws[path], keys[path]))
+        states = in_batches(self, {path: (w, keys[path]) for path, w in ws.items()}, axes, Prune._start)
         if not states or "grad" in scores.needs(self.score):
             return states
         masks = self._masks(ws, states, dict.fromkeys(ws), axes, kept=None)
@@ -157,14 +155,18 @@ class Prune(JointTransform):
     def _masks(self, ws, states, grads, axes, kept: Mapping[str, jax.Array] | None) -> dict[str, jax.Array]:
         """The masks by path, within those that are `kept`."""
 
-        def score(t, path):
-            return scores.evaluate(t.score, ws[path], states[path], grads[path])
+        def score(t, w, state, grad):
+            return {"": scores.evaluate(t.score, w, state, grad)}
 
         def keep(t, path):
             within = None if kept is None else kept[path]
             return keep_largest(scored[path], sparsity, structure=t.structure, axes=t.axes, within=within)
 
-        scored = for_each(self, ws, axes, score)
+        arguments = {path: (w, states[path], grads[path]) for path, w in ws.items()}
+        if "key" in scores.needs(self.score):  # random numbers: one program for all weights that are alike
+            scored = {path: s[""] for path, s in in_batches(self, arguments, axes, score).items()}
+        else:
+            scored = for_each(self, ws, axes, lambda t, path: score(t, *arguments[path])[""])
         sparsity = self.value("sparsity", next(iter(states.values())))
         if self.distribution is None:
             return for_each(self, ws, axes, keep)

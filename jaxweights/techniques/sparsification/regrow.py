@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core.checks import check_integer, check_scalar, check_state
-from jaxweights.core.joint import JointTransform, for_each, in_batches
+from jaxweights.core.joint import JointTransform, in_batches
 from jaxweights.core.transform import Scalar
 from jaxweights.numerics.batching import apply_if
 from jaxweights.techniques.sparsification import scores
@@ -78,7 +78,7 @@ class Regrow(JointTransform):
     def init_all(self, ws, keys, axes):
         """Makes the first masks."""
         states = self.start.init_all(ws, keys, axes)
-        more = for_each(self, ws, axes, lambda t, path: t._start(keys[path]))
+        more = in_batches(self, {path: (key,) for path, key in keys.items()}, axes, Regrow._start)
         return {path: state | more[path] for path, state in states.items()}
 
     def update_all(self, ws, states, grads, axes):

@@ -99,11 +99,11 @@ def _solve(w: jax.Array, h: jax.Array, mask: jax.Array, *, n_steps: int) -> jax.
 
     def step(s):
         change = keep(matmul(h, s.direction))
-        length = jnp.where(unfinished(s), safe_divide(s.decrement, dot(s.direction, change)), 0)
+        length = jnp.where(unfinished(s), safe_divide(s.decrement, dot(s.direction, change)), 0)[None]
         v, residual = s.v + length * s.direction, s.residual - length * change
         steepest = keep(matmul(inverse, residual))
         decrement = dot(residual, steepest)
-        direction = steepest + safe_divide(decrement, s.decrement) * s.direction
+        direction = steepest + safe_divide(decrement, s.decrement)[None] * s.direction
         return _Search(s.step + 1, v, residual, direction, decrement)
 
     return jax.lax.while_loop(more, step, start).v

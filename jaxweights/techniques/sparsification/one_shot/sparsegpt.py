@@ -12,7 +12,7 @@ from jaxweights.core.axes import Axes, axes_or_default
 from jaxweights.core.checks import check_integer, check_scalar, check_weight
 from jaxweights.core.transform import Number
 from jaxweights.numerics.counts import round_half_up
-from jaxweights.numerics.selection import smallest_mask
+from jaxweights.numerics.selection import Entries, smallest_mask
 from jaxweights.techniques.sparsification.one_shot.second_moment import inverse_factor, with_second_moment
 from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity
 
@@ -39,7 +39,10 @@ def sparsegpt(
       sparsity: fraction of zeros in [0, 1], a number or a scalar array; or (n, m), to keep n of every m consecutive
         inputs of each output unit.
       axes: how `w` is read as a matrix, (..., in, out) by default. `InputStats` has it.
-      damping: λ as a fraction of the mean of the diagonal.
+      damping: λ as a fraction of the mean of the diagonal. Where it is too small for inputs that are linearly
+        dependent (fewer samples than inputs, duplicates, `damping=0`), the diagonal is raised further, by about as
+        much as its rounding errors. The result is then finite and close to the limit of no damping, which fits the
+        calibration data alone.
       block: number of inputs for which the mask is chosen at once, and whose updates of later inputs are summed up.
 
     Returns:
@@ -89,7 +92,7 @@ def _prune(w, h, n_pruned, damping, *, pattern: tuple[int, int] | None, block: i
     # Rows that pad the last block have no effect on the others and are pruned last.
     u = jnp.pad(inverse_factor(h, damping), ((0, n_padding), (0, n_padding))).astype(w.dtype)
     index = jnp.arange(len(u))
-    diagonal = jnp.diagonal(u) + (index >= rows)
+    diagonal = jnp.where(index < rows, jnp.diagonal(u), 1)
     w = jnp.pad(jnp.where((jnp.diagonal(h) > 0)[:, None], w, 0), ((0, n_padding), (0, 0)))
 
     def prune_block(w, start_and_count):
@@ -99,8 +102,8 @@ def _prune(w, h, n_pruned, damping, *, pattern: tuple[int, int] | None, block: i
         u_within = jax.lax.dynamic_slice_in_dim(block_u, start, block, 1)
         u_ii = jax.lax.dynamic_slice_in_dim(diagonal, start, block)
         padding = start + jnp.arange(block) >= rows
-        scores = jnp.where(padding[:, None], jnp.inf, jnp.abs(block_w) / u_ii[:, None])
-        mask = ~smallest_mask(scores, count)
+        padding = jnp.broadcast_to(padding[:, None], block_w.shape)
+        mask = ~smallest_mask(Entries(jnp.abs(block_w) / u_ii[:, None], last=padding), count)
 
         def choose_group(block_w, mask, i, *, n, m):
             """Chooses the mask of inputs i to i + m − 1."""
@@ -115,7 +118,7 @@ def _prune(w, h, n_pruned, damping, *, pattern: tuple[int, int] | None, block: i
                 choose = partial(choose_group, n=n, m=m)
                 mask = jax.lax.cond(i % m == 0, choose, lambda block_w, mask, i: mask, block_w, mask, i)
             error = jnp.where(mask[i], 0, block_w[i]) / u_ii[i]
-            return block_w - u_within[i][:, None] * error, mask, errors.at[i].set(error)
+            return block_w - u_within[i][:, None] * error[None], mask, errors.at[i].set(error)
 
         start_state = (block_w, mask, jnp.zeros_like(block_w))
         block_w, mask, errors = jax.lax.fori_loop(0, block, prune_row, start_state)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes, axes_or_default
-from jaxweights.core.checks import check_integer
+from jaxweights.core.checks import check_integer, check_weight
 from jaxweights.core.stored import nbytes, product
 from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, nan_unless
 
@@ -34,6 +34,7 @@ class BlockSparseArray:
     columns: jax.Array
     shape: tuple[int, ...]
     axes: Axes | None = None
+    __array_ufunc__ = None  # an array of NumPy leaves x @ w to __rmatmul__
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -51,22 +52,31 @@ class BlockSparseArray:
         axes = axes_or_default(self.axes, len(self.shape))
         n_rows, n_columns = self._matrix_shape()
         _, height, width = self.blocks.shape
-        grid = jnp.zeros((n_rows // height, n_columns // width, height, width), self.dtype)
+        n_down, n_across = self._grid()
+        grid = jnp.zeros((n_down, n_across, height, width), self.dtype)
         grid = grid.at[self.rows, self.columns].set(self.blocks, mode="drop")
-        return axes.weight(grid.swapaxes(1, 2).reshape(n_rows, n_columns), self.shape)
+        padded = grid.swapaxes(1, 2).reshape(n_down * height, n_across * width)
+        return axes.weight(padded[:n_rows, :n_columns], self.shape)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """Returns x @ w: each block is multiplied by its part of x, and the products are summed by block column."""
-        return product(x, self, self._times)
+        return product(check_weight(x, "x"), self, self._times)
 
     @jax.jit
     def _times(self, x: jax.Array) -> jax.Array:
         _, height, width = self.blocks.shape
-        parts = x.reshape(len(x), x.shape[1] // height, height)[:, self.rows]
+        n_down, n_across = self._grid()
+        padded = jnp.pad(x, ((0, 0), (0, n_down * height - x.shape[1])))
+        parts = padded.reshape(len(x), n_down, height)[:, self.rows]
         terms = jnp.einsum("xbh,bhw->bxw", parts, self.blocks.astype(x.dtype), precision="highest")
-        n_columns = self._matrix_shape()[1] // width
-        sums = jax.ops.segment_sum(terms, self.columns, n_columns, indices_are_sorted=True)
-        return sums.swapaxes(0, 1).reshape(len(x), n_columns * width)
+        sums = jax.ops.segment_sum(terms, self.columns, n_across, indices_are_sorted=True)
+        return sums.swapaxes(0, 1).reshape(len(x), n_across * width)[:, : self._matrix_shape()[1]]
+
+    def _grid(self) -> tuple[int, int]:
+        """The numbers of block rows and block columns."""
+        _, height, width = self.blocks.shape
+        n_rows, n_columns = self._matrix_shape()
+        return -(-n_rows // height), -(-n_columns // width)
 
     def _matrix_shape(self) -> tuple[int, int]:
         shaped = jax.ShapeDtypeStruct(self.shape, self.dtype)
@@ -86,7 +96,7 @@ def pack_blocks(
     Args:
       w: float array of any shape, without batch axes.
       mask: boolean array of the shape of `w`, true where a weight is kept; by default where `w` is not 0.
-      block: (height, width) of a block. They must divide the numbers of rows and columns of `w`, read as a matrix.
+      block: (height, width) of a block. Blocks at the lower and right edges of the matrix are filled up with zeros.
       n_blocks: number of blocks to allocate, by default as many as are kept. Required under jit.
       axes: how `w` is read as a matrix; (..., in, out) by default.
 
@@ -96,7 +106,7 @@ def pack_blocks(
 
     Raises:
       TypeError: `w` is not a float array, `mask` is not a boolean array, or a number is not an integer.
-      ValueError: `block` does not divide the matrix, `n_blocks` is too small, or `w` has batch axes or groups.
+      ValueError: a number is out of range, `n_blocks` is too small, or `w` has batch axes or groups.
 
     >>> import jax.numpy as jnp
     >>> w = jnp.zeros((4, 6)).at[:2, 4:].set(2.0)
@@ -110,11 +120,6 @@ def pack_blocks(
     height, width = _block(block)
     if matrix.ndim > 2:
         raise ValueError(f"w has batch axes or groups: pack_blocks under jax.vmap, with n_blocks, got {axes}")
-    n_rows, n_columns = matrix.shape
-    if n_rows % height or n_columns % width:
-        raise ValueError(
-            f"block={block} must divide the matrix {matrix.shape} of w {jnp.shape(w)}: choose axes or block"
-        )
     size = capacity("n_blocks", _kept_blocks(kept, height, width), n_blocks)
     blocks, rows, columns = _gather(matrix, kept, height, width, size)
     return BlockSparseArray(blocks, rows, columns, jnp.shape(w), axes)
@@ -137,7 +142,8 @@ def _gather(matrix, kept, height: int, width: int, size: int) -> tuple[jax.Array
 
 
 def _cut(matrix: jax.Array, height: int, width: int) -> jax.Array:
-    """The blocks of a matrix, shape (block columns, block rows, height, width)."""
+    """The blocks of a matrix, shape (block columns, block rows, height, width), padded with 0."""
+    matrix = jnp.pad(matrix, [(0, -n % size) for n, size in zip(matrix.shape, (height, width), strict=True)])
     rows, columns = matrix.shape
     return matrix.reshape(rows // height, height, columns // width, width).transpose(2, 0, 1, 3)
 

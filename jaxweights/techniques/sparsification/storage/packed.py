@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxweights.core.axes import Axes, axes_or_default
-from jaxweights.core.checks import check_integer
+from jaxweights.core.checks import check_integer, check_weight
 from jaxweights.core.stored import nbytes, product
 from jaxweights.techniques.sparsification.storage.kept import kept_matrix, nan_unless
 
@@ -44,6 +44,7 @@ class PackedArray:
     m: int
     shape: tuple[int, ...]
     axes: Axes | None = None
+    __array_ufunc__ = None  # an array of NumPy leaves x @ w to __rmatmul__
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -59,7 +60,7 @@ class PackedArray:
     def todense(self) -> jax.Array:
         """Returns the weight: kept entries bit for bit, the others +0."""
         values, codes = self._groups(self.values, self.codes)
-        positions = jnp.arange(self.m, dtype=jnp.uint8)[:, None]
+        positions = _down(jnp.arange(self.m, dtype=jnp.uint8), codes.ndim)
         groups = jnp.zeros((), self.dtype)
         for i in range(self.n):
             groups = jnp.where(codes[..., i, None, :] == positions, values[..., i, None, :], groups)
@@ -69,7 +70,7 @@ class PackedArray:
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """Returns x @ w. A single row is multiplied by the packed weight, several rows by the unpacked one."""
-        return product(x, self, self._times)
+        return product(check_weight(x, "x"), self, self._times)
 
     @jax.jit
     def _times(self, x: jax.Array) -> jax.Array:
@@ -108,8 +109,9 @@ class PackedArray:
 
     def _groups(self, values: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`values` and the unpacked `codes`, both of shape (..., groups, n, columns)."""
-        shift = _bits(self.m) * jnp.arange(self._per_byte, dtype=jnp.uint8)[:, None]
-        codes = codes[..., None, :] >> shift & jnp.uint8(2 ** _bits(self.m) - 1)
+        codes, bits = codes[..., None, :], _bits(self.m)
+        shift = _down(bits * jnp.arange(self._per_byte, dtype=jnp.uint8), codes.ndim)
+        codes = codes >> shift & jnp.uint8(2**bits - 1)
         *batch, kept, columns = values.shape
         codes = codes.reshape(*batch, math.prod(codes.shape[-3:-1]), columns)[..., :kept, :]
         shape = (*batch, kept // self.n, self.n, columns)
@@ -172,7 +174,7 @@ def _pack(matrix: jax.Array, kept: jax.Array, n: int, m: int) -> tuple[jax.Array
     count = jnp.sum(kept, -2, keepdims=True)
     # A group that keeps fewer than n stores its first other entries too, as zeros.
     stored = kept | (~kept & (_n_before(~kept) < n - count))
-    slot, slots = _n_before(stored), jnp.arange(n)[:, None]
+    slot, slots = _n_before(stored), _down(jnp.arange(n), matrix.ndim)
     values, codes = jnp.zeros((), matrix.dtype), jnp.uint8(0)
     for i in range(m):
         here = stored[..., i, None, :] & (slot[..., i, None, :] == slots)
@@ -200,7 +202,12 @@ def _to_bytes(codes: jax.Array, bits: int) -> jax.Array:
     per_byte = 8 // bits
     codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, -n % per_byte), (0, 0)])
     codes = codes.reshape(*batch, -(-n // per_byte), per_byte, columns)
-    return jnp.sum(codes << (bits * jnp.arange(per_byte, dtype=jnp.uint8)[:, None]), -2, dtype=jnp.uint8)
+    return jnp.sum(codes << _down(bits * jnp.arange(per_byte, dtype=jnp.uint8), codes.ndim), -2, dtype=jnp.uint8)
+
+
+def _down(values: jax.Array, ndim: int) -> jax.Array:
+    """A vector, reshaped to run along the last axis but one of `ndim` axes."""
+    return values.reshape(*[1] * (ndim - 2), -1, 1)
 
 
 def _choose(code: jax.Array, options: list[jax.Array]) -> jax.Array:
