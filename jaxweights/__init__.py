@@ -15,6 +15,7 @@ from jaxweights.core.transform import Transform
 from jaxweights.core.wrappers import Around, Chain
 from jaxweights.levels.optax.confine import confine
 from jaxweights.levels.optax.project import project
+from jaxweights.levels.optax.stochastic_rounding import round_stochastically
 from jaxweights.levels.optax.weight_decay import add_weight_decay
 from jaxweights.levels.tree import TreeState, on_tree
 from jaxweights.models.capture import capture
@@ -122,6 +123,7 @@ __all__ = [
     "reconstruct",
     "reinitialize",
     "rms_norm",
+    "round_stochastically",
     "running_stats",
     "scale_by_mup",
     "scores",

@@ -194,3 +194,56 @@ def test_a_decay_schedule_counts_its_updates():
     for expected in (0.0, 0.1, 0.2):
         updates, state = jax.jit(tx.update)({"w": jnp.zeros((1, 1))}, state, params)
         np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
+
+
+def transformations():
+    """Every transformation of this level, with schedules, 16-bit rounding and states."""
+    ramp = optax.linear_schedule(0.1, 0.5, 5)
+    clips = jw.Chain(jw.ClipWeights(ramp), jw.Prune(0.5))
+    momentum, key = optax.sgd(0.1, momentum=0.9), jax.random.key(0)
+    return {
+        "decay": jw.add_weight_decay(ramp, cautious=True, toward=WEIGHTS),
+        "L1 decay": jw.add_weight_decay(0.1, penalty_grad=jnp.sign, independent=True),
+        **{
+            f"project {type(t).__name__}": jw.project(t)
+            for t in (clips, jw.ClipNorm(ramp), jw.WeightNorm(), jw.SpectralNorm(), jw.Around(jw.ClipWeights(0.1)))
+        },
+        "confine": jw.confine(momentum, jw.Regrow(jw.Prune(0.5), every=1)),
+        "all": optax.chain(momentum, jw.add_weight_decay(0.1), jw.round_stochastically(key), jw.project(clips)),
+    }
+
+
+WEIGHTS = {"kernel": jax.random.normal(KEY, (8, 6)), "conv": jax.random.normal(KEY, (3, 3, 4, 6)), "bias": jnp.ones(6)}
+
+
+def two_steps(tx, params):
+    """Two updates, applied without `optax.apply_updates`, which promotes."""
+    state = tx.init(params)
+    for _ in range(2):
+        grads = jax.tree.map(lambda p: p * jnp.asarray(0.1, p.dtype), params)
+        updates, state = tx.update(grads, state, params)
+        params = jax.tree.map(
+            lambda p, u: (p.astype(jnp.float32) + u.astype(jnp.float32)).astype(p.dtype), params, updates
+        )
+    return params
+
+
+@pytest.mark.parametrize("name", transformations())
+def test_nothing_is_promoted(name):
+    """In strict mode, types and ranks are checked when the program is traced."""
+    tx = transformations()[name]
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+            params = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), WEIGHTS)
+            new = jax.eval_shape(functools.partial(two_steps, tx), params)
+            assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), params)
+
+
+@pytest.mark.parametrize("name", ["decay", "project Chain", pytest.param("all", marks=slow)])
+def test_disable_jit_changes_nothing(name):
+    params = {"kernel": WEIGHTS["kernel"].astype(jnp.bfloat16), "bias": WEIGHTS["bias"]}
+    tx = jw.add_weight_decay(0.1) if name == "decay" else transformations()[name]
+    expected = jax.jit(functools.partial(two_steps, tx))(params)
+    with jax.disable_jit():
+        got = two_steps(tx, params)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)

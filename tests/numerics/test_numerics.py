@@ -73,6 +73,25 @@ def test_safe_norm_of_nan_and_infinity():
     np.testing.assert_array_equal(np.isnan(safe_norm(x, (1,))), [True, True, False])
 
 
+def test_safe_norm_of_rows_out_of_range_among_others():
+    """A row beyond the range of squares changes no other, also under `vmap`."""
+    x = normal(8, 50).astype(np.float32)
+    mixed = x * np.float32([[1e30], [1], [1e-30], [0], [3e-19], [1e18], [1e-24], [1]])
+    exact = np.linalg.norm(np.float64(mixed), axis=1)
+
+    @jax.jit
+    def run(mixed, x):
+        norm = lambda x: safe_norm(x, (1,))
+        grad = jax.grad(lambda x: norm(x).sum())
+        return norm(mixed), norm(x), jax.vmap(norm)(jnp.stack([mixed, x])), grad(mixed)
+
+    norms, ordinary, batch, gradient = run(mixed, x)
+    np.testing.assert_allclose(norms, exact, rtol=1e-6)
+    np.testing.assert_array_equal(norms[jnp.array([1, 7])], ordinary[jnp.array([1, 7])])
+    np.testing.assert_array_equal(batch, [norms, ordinary])
+    np.testing.assert_allclose(gradient, mixed / np.where(exact == 0, 1, exact)[:, None], rtol=1e-5, atol=1e-7)
+
+
 def test_safe_norm_gradient():
     with enable_x64(True):
         check_grads(jax.jit(lambda x: safe_norm(x, (0, 2))), (jnp.asarray(normal(2, 3, 2)),), order=2, rtol=1e-6)

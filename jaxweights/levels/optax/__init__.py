@@ -1,1 +1,1 @@
-"""The optax level: projections after the update, optimizers confined to masks, weight decay."""
+"""The optax level: projections after the update, optimizers confined to masks, weight decay, unbiased rounding."""

@@ -13,6 +13,7 @@ from jaxweights.core.transform import State, Transform
 from jaxweights.levels.paths import Where, check_params, check_structure, flatten
 from jaxweights.levels.tree import BoundTransform, TreeState, on_tree
 from jaxweights.numerics.rounding import exact_delta, exact_sum
+from jaxweights.numerics.sixteen_bits import narrow
 
 
 class ProjectState(NamedTuple):
@@ -101,7 +102,7 @@ def landing(
 
 @traced_once
 def _moved(_, p: jax.Array, u: jax.Array) -> jax.Array:
-    return exact_sum(p, u).astype(p.dtype)
+    return narrow(exact_sum(p, u), p.dtype)
 
 
 @traced_once

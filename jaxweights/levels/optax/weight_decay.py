@@ -40,6 +40,8 @@ def add_weight_decay(
     - after the learning rate, decay independent of it: `chain(adam(η), add_weight_decay(λ, independent=True))`. There
       updates are added to the weights, so λ·w is subtracted: w ← w + u − λ·w.
 
+    In 16 bits, η·λ·w is less than half the spacing of w and lost: end the chain with `round_stochastically`.
+
     In place of w it may be the gradient of another penalty, of the distance from other weights than zero, or one that
     keeps out of the optimizer's way: see `weight_decay`.
 
