@@ -47,13 +47,13 @@ class Case:
     idempotent: bool = True
     kind: str | None = None
 
-    def call(self, w: jax.Array) -> jax.Array:
+    def call(self, w: jax.Array, key: jax.Array = KEY) -> jax.Array:
         """Applies the technique to a weight: init, update and apply for a transform."""
         if self.function is not None:
             return self.function(w)
         assert self.transform is not None
         t = self.transform()
-        state = t.init(jax.lax.stop_gradient(w), KEY)
+        state = t.init(jax.lax.stop_gradient(w), key)
         state = t.update(jax.lax.stop_gradient(w), state)
         return t.apply(w, {n: a if n in t.learned else jax.lax.stop_gradient(a) for n, a in state.items()})
 
@@ -83,6 +83,7 @@ def per_feature(w, value):
 TRANSFORMS = [
     Case("weight_norm", lambda: jw.WeightNorm(), kind="learned"),
     Case("weight_norm attention", lambda: jw.WeightNorm(jw.axes.ATTENTION_IN), shape=ATTENTION),
+    Case("weight_norm scale", lambda: jw.WeightNorm(scale=2.0)),
     Case("weight_norm vector", lambda: jw.WeightNorm(), shape=(64,)),
     Case("weight_norm centred", lambda: jw.Chain(jw.projections.Center(), jw.WeightNorm(jw.axes.WHOLE)), shape=CONV),
     Case("weight_standardization", lambda: jw.WeightStandardization(2.0, scaled=True), shape=CONV),
@@ -120,6 +121,10 @@ TRANSFORMS = [
     Case("l1_ball", lambda: jw.projections.L1Ball(5.0)),
     Case("l1_sphere", lambda: jw.projections.L1Sphere(5.0)),
     Case("bound_sum", lambda: jw.projections.BoundSum(-1.0, 1.0), shape=CONV),
+    Case(
+        "bound_sum normal",
+        lambda: jw.projections.BoundSum(1.0, 1.0, normal=tuple((1.0 + i % 3,) for i in range(64))),
+    ),
     Case("l1_ball stack", lambda: jw.projections.L1Ball(halving, stack_axes), shape=STACK),
     Case("around clip_weights", lambda: jw.Around(jw.ClipWeights(0.05))),
     Case("around clip_norm", lambda: jw.Around(jw.ClipNorm(halving)), shape=CONV, kind="Around"),
@@ -132,6 +137,8 @@ TRANSFORMS = [
     Case("prune", lambda: jw.Prune(0.7)),
     Case("prune schedule", lambda: jw.Prune(growing), shape=CONV, kind="scheduled"),
     Case("prune global", lambda: jw.Prune(growing, distribution=jw.pruning.Global()), shape=CONV, kind="joint"),
+    Case("prune global capped", lambda: jw.Prune(growing, distribution=jw.pruning.Global(max_sparsity=0.95))),
+    Case("prune padded blocks", lambda: jw.Prune(growing, structure=jw.pruning.Blocks(5, 3, pool="mean"))),
     Case("prune n:m stack", lambda: jw.Prune((2, 4), axes=stack_axes, straight_through=True), shape=STACK),
     Case("regrow", lambda: jw.Regrow(jw.Prune(0.7), grow=jw.scores.random, fraction=halving, every=1)),
     Case(
@@ -150,6 +157,7 @@ FUNCTIONS = [
     ),
     Case("batch_norm", function=lambda x: jw.batch_norm(x, per_feature(x, 2), per_feature(x, 1)), kind="no transform"),
     Case("batch_norm masked", function=lambda x: jw.batch_norm(x, where=jnp.arange(x.shape[0])[:, None] < 40)),
+    Case("batch_norm features", function=lambda x: jw.batch_norm(x, x[:, 0] / 9, feature_axes=0)),
     Case("batch_norm ghosts", function=lambda x: jw.batch_norm(x, ghost_size=16)),
     Case(
         "batch_renorm",
@@ -161,6 +169,7 @@ FUNCTIONS = [
         shape=CONV,
     ),
     Case("layer_norm", function=lambda x: jw.layer_norm(x, per_feature(x, 2), per_feature(x, 1))),
+    Case("layer_norm features", function=lambda x: jw.layer_norm(x, per_feature(x, 2), axis=0, feature_axes=1)),
     Case("rms_norm", function=lambda x: jw.rms_norm(x, per_feature(x, 2))),
     Case("group_norm", function=lambda x: jw.group_norm(x, n_groups=4), shape=(4, 6, 32)),
     Case(
@@ -170,8 +179,13 @@ FUNCTIONS = [
     ),
     Case("spectral_normalize exact", function=jw.spectral_normalize),
     Case("weight_normalize", function=jw.weight_normalize),
+    Case("clip_range arrays", function=lambda w: jw.projections.clip_range(w, -0.5, jnp.arange(64.0)[:, None] / 64)),
     Case("he_normal", function=lambda w: w + jw.he_normal(KEY, w.shape, w.dtype)),
     Case("xavier_uniform", function=lambda w: w + jw.xavier_uniform(KEY, w.shape, w.dtype)),
+    Case(
+        "truncated_normal tail",
+        function=lambda w: w + jw.initializers.truncated_normal(KEY, w.shape, w.dtype, low=5.0, high=6.0),
+    ),
     Case(
         "orthogonal attention",
         function=lambda w: w + jw.initializers.orthogonal(KEY, w.shape, w.dtype, axes=jw.axes.ATTENTION_IN),

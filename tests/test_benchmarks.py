@@ -1,9 +1,11 @@
 """The benchmarks run and write their reports; times are not checked. All tests but the first are slow."""
 
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,6 +92,14 @@ def test_spectral_norm(tmp_path):
 
 
 @pytest.mark.slow
+def test_training_in_bfloat16(tmp_path):
+    report, out = quick("bf16_training", tmp_path)
+    assert all(name in out and np.isfinite(r["held_out"]).all() for name, r in report["results"].items())
+    first, last = np.mean(report["results"]["float32"]["train"], 0)[[0, -1]]
+    assert last < first / 2
+
+
+@pytest.mark.slow
 def test_tracing(tmp_path):
     script = RUN.with_name("tracing.py")
     subprocess.run([sys.executable, script, "--quick", "--out", tmp_path, "--before", RUN.parents[1]], check=True)
@@ -98,3 +108,71 @@ def test_tracing(tmp_path):
     for now, before in zip(*(r.values() for r in report["results"].values()), strict=True):
         assert now["equations"] == before["equations"] > report["weights"]
         assert now["trace_s"] > 0 and now["lower_s"] > 0
+
+
+@pytest.fixture
+def readme(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(RUN.parent), *sys.path])
+    import readme
+
+    return readme
+
+
+def test_an_example_is_recorded_beside_its_picture(readme, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(readme, "folders", lambda: (tmp_path, tmp_path))
+    command = "examples/mup.py --widths 64 128 --seeds 1 --steps 2"
+    monkeypatch.setitem(readme.EXAMPLES, "mup", (command, readme.EXAMPLES["mup"][1]))
+    readme.example("mup")
+    assert {path.name for path in tmp_path.iterdir()} == {"mup.json", "mup.png"}
+    record = json.loads((tmp_path / "mup.json").read_text())
+    assert record["command"] == f"python {command}" and {"device", "jax"} <= set(record["environment"])
+    assert record["picture_sha256"] == hashlib.sha256((tmp_path / "mup.png").read_bytes()).hexdigest()
+    assert np.shape(record["results"]["muP"]) == (4,)
+    assert f"{record['results']['muP'][1]:+.2f}" in capsys.readouterr().out
+
+
+def test_a_benchmark_is_recorded_beside_its_chart(readme, tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "option, out = sys.argv[1], pathlib.Path(sys.argv[2])\n"
+        "(out / 'cpu.json').write_text('{\"results\": [1.5]}') and (out / 'cpu.png').write_text(option)\n"
+    )
+    monkeypatch.setattr(readme, "folders", lambda: (tmp_path, tmp_path))
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setitem(readme.BENCHMARKS, "run", str(script))
+    readme.benchmark("run")
+    record = json.loads((tmp_path / "cpu.json").read_text())
+    digest = hashlib.sha256(b"--out").hexdigest()
+    assert record == {"command": f"python {script}", "seconds": 0, "picture_sha256": digest, "results": [1.5]}
+
+
+def test_results_of_another_device_lie_apart(readme, monkeypatch):
+    benchmarks, examples = readme.folders()
+    assert benchmarks == RUN.parent / "results" and examples == RUN.parents[1] / "examples"
+    monkeypatch.setattr(readme.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(readme.jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")])
+    assert readme.folders() == (benchmarks / "nvidia-h100-80gb-hbm3",) * 2
+
+
+def test_a_part_that_fails_does_not_stop_the_others(readme, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "README.md"
+    page.write_text("1\n<!-- figures: versions -->\n2\n<!-- end of figures -->\n3\n")
+    monkeypatch.setattr(readme, "README", page)
+    ran = []
+    monkeypatch.setattr(readme, "succeeds", lambda name: ran.append(name) or name != "norms")
+    with pytest.raises(SystemExit, match=r"^failed: norms$"):
+        readme.main([])
+    assert ran == [*readme.BENCHMARKS, *readme.EXAMPLES]
+    first, *_, versions, _, _, last = page.read_text().splitlines()
+    assert first == "1" and "jax 0." in versions and last == "3"
+    with pytest.raises(SystemExit):
+        readme.main(["nothing"])
+    assert "no part is called nothing; the parts are run, spectral_norm" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_part_has_a_process_of_its_own(readme, monkeypatch, capfd):
+    monkeypatch.setattr(readme, "example", int)  # what the new process calls: it raises for a name, not for a number
+    assert readme.succeeds("3") and not readme.succeeds("three")
+    assert "invalid literal for int" in capfd.readouterr().err

@@ -46,6 +46,9 @@ from flax import nnx
 
 import jaxweights as jw
 
+FLAT = {"weight_transform": {"layers_0/kernel": {"v": W[0]}}}
+SPECTRAL_DENSE = jw.linen.Transformed(nn.Dense(3), spectral)
+
 CASES = [
     # Linen.
     ("linen class", lambda: linen(jw.ClipWeights), T, "make an instance, ClipWeights(...)"),
@@ -57,6 +60,9 @@ CASES = [
     ("linen without scale", lambda: linen_apply(norm, {"params": DENSE}), V, COLLECTIONS),
     ("linen without mask", lambda: linen_apply(prune, {"params": DENSE}), V, "Prune at 'kernel': the state has no"),
     ("linen state shape", lambda: linen_apply(prune, OLD_MASK), V, "Prune at 'kernel': the state has 'mask' of"),
+    ("linen state by path", lambda: linen_apply(prune, {"params": DENSE, **FLAT}), V, "nest it, as the parameters"),
+    ("linen update, plain", lambda: jw.linen.update_state(nn.Dense(3), {"params": DENSE}), T, "and its part of"),
+    ("linen update, no state", lambda: jw.linen.update_state(SPECTRAL_DENSE, {"params": DENSE}), V, COLLECTIONS),
     ("linen norm twice told", lambda: jw.linen.BatchNorm(False).init(KEY, x, True), V, "use_running_average"),
     ("linen norm mask", lambda: jw.linen.BatchNorm(False).init(KEY, x, mask=x), T, "compare it with a number"),
     ("linen norm features", lambda: linen_norm({"mean": x[0], "var": x[0]}, True), V, "mean must have shape (6,)"),
@@ -81,6 +87,8 @@ CASES = [
     ("nnx where", lambda: jw.nnx.transformed(dense(), clip, "**/w"), V, FLAX_PATHS),
     ("nnx axes", lambda: jw.nnx.transformed(dense(), jw.SpectralNorm(axes=beyond)), V, f"{SN} at 'kernel': axes names"),
     ("nnx twice", lambda: jw.nnx.transformed(jw.nnx.transformed(dense(), clip), clip), V, CHAIN_NNX),
+    ("nnx update of Linen", lambda: jw.nnx.update_state(nn.Dense(3)), T, "Linen has linen.update_state"),
+    ("nnx update of a plain module", lambda: jw.nnx.update_state(dense()), V, "without a transformed module in it"),
     ("nnx norm features", lambda: jw.nnx.BatchNorm(3)(x), V, "one entry per feature"),
     ("nnx norm one feature", lambda: jw.nnx.BatchNorm(1)(x), V, "one entry per feature"),
     ("nnx norm features, eval", lambda: jw.nnx.BatchNorm(3, use_running_average=True)(x), V, "must have shape (4,)"),
@@ -95,6 +103,21 @@ CASES = [
     ("linen groups twice", lambda: jw.linen.GroupNorm(2, 2).init(KEY, x), V, "None for the other"),
     ("linen groups of 3", lambda: jw.linen.GroupNorm(None, 3).init(KEY, x), V, "group_size=3 does not divide"),
     ("linen instance positions", lambda: jw.linen.InstanceNorm().init(KEY, x), V, "(batch, *positions, features)"),
+    ("linen norm dtype", lambda: jw.linen.BatchNorm(False, dtype=jnp.int8).init(KEY, x), T, "dtype must be a real"),
+    ("linen param_dtype", lambda: jw.linen.LayerNorm(param_dtype=int).init(KEY, x), T, "param_dtype must be a real"),
+    ("linen scale_init", lambda: jw.linen.RMSNorm(scale_init=1.0).init(KEY, x), T, "scale_init must be an initializer"),
+    ("linen norm axis", lambda: jw.linen.BatchNorm(False, axis=2).init(KEY, x), V, "axis must name axes of x (2, 4)"),
+    ("linen features", lambda: jw.linen.LayerNorm(feature_axes=2).init(KEY, x), V, "feature_axes must name axes of x"),
+    ("linen group axes", lambda: jw.linen.GroupNorm(2, reduction_axes=0).init(KEY, x), V, "must include the last axis"),
+    ("linen instance axes", lambda: jw.linen.InstanceNorm(feature_axes=0).init(KEY, x), V, "must not include axis 0"),
+    ("nnx norm dtype", lambda: jw.nnx.GroupNorm(4, 2, dtype=jnp.int8)(x), T, "dtype must be a real floating dtype"),
+    ("nnx param_dtype", lambda: jw.nnx.BatchNorm(4, param_dtype=None), T, "param_dtype must be a real floating"),
+    ("nnx bias_init", lambda: jw.nnx.LayerNorm(4, bias_init=0), T, "bias_init must be an initializer"),
+    ("nnx scale_init key", lambda: jw.nnx.RMSNorm(4, scale_init=jw.he_normal), V, "give rngs=nnx.Rngs(0)"),
+    ("nnx norm groups", lambda: jw.nnx.BatchNorm(4, axis_index_groups=[[0]])(x), V, "give axis_name"),
+    ("nnx norm cumulative", lambda: jw.nnx.BatchNorm(4, momentum="mean")(x), V, 'or "cumulative", got'),
+    ("nnx norm mode", lambda: jw.nnx.BatchNorm(4, use_running_average=None)(x), V, "by train() or eval()"),
+    ("nnx instance axes", lambda: jw.nnx.InstanceNorm(4, feature_axes=3)(x[None]), V, "feature_axes must name axes of"),
     ("nnx rms features", lambda: jw.nnx.RMSNorm(3)(x), V, "scale must have shape (4,)"),
     ("nnx groups not told", lambda: jw.nnx.GroupNorm(4, None), V, "num_groups is 32 by default"),
     ("nnx groups of 1.0", lambda: jw.nnx.GroupNorm(4, None, 1.0), T, INTEGER),

@@ -1,10 +1,17 @@
 """Mismatched axes, shapes and states."""
 
+import jax
 import numpy as np
-from bad_input.vocabulary import AROUND, FLOAT, INIT, INTEGER, KEY, NUMBER, ONE_ROLE, SCALAR, WRITE_AXES, T, V, integers
+from bad_input.vocabulary import AROUND, FLOAT, INIT, INTEGER, KEY, ONE_ROLE, SCALAR, WRITE_AXES, T, V, integers
 
 import jaxweights as jw
 from jaxweights.core.transform import Transform
+
+
+def mapped(f, w, groups):
+    """f of each row of `w` on a device of its own."""
+    return jax.vmap(lambda row: f(row[None], axis_name="d", axis_index_groups=groups), axis_name="d")(w)
+
 
 CASES = [
     # Mismatched axes.
@@ -91,7 +98,6 @@ CASES = [
     ),
     ("pack scalar", lambda w: jw.sparse.pack(w[0, 0]), V, "are not a multiple of m=4"),
     ("pack axes", lambda w: jw.sparse.pack(w, axes=0), T, WRITE_AXES),
-    ("pack_blocks of 3", lambda w: jw.sparse.pack_blocks(w, block=(3, 3)), V, "must divide the matrix (4, 6)"),
     ("pack_blocks batch", lambda w: jw.sparse.pack_blocks(w[None], axes=jw.Axes(batch=0)), V, "under jax.vmap"),
     ("to_bcoo batch", lambda w: jw.sparse.to_bcoo(w[None], axes=jw.Axes(batch=0)), V, "under jax.vmap, with nse"),
     ("to_csr groups", lambda w: jw.sparse.to_csr(w, axes=jw.axes.depthwise(2)), V, "under jax.vmap, with nse"),
@@ -112,7 +118,15 @@ CASES = [
     ("batch of a scalar", lambda w: jw.batch_norm(w[0, 0], mean=w[0, 0], var=w[0, 0]), V, "x[None]"),
     ("stats of a scalar", lambda w: jw.batch_stats(w[0, 0]), V, "x[None]"),
     ("momentum 2", lambda w: jw.running_stats((w[0], w[0]), (w[0],) * 3, 2.0), V, "momentum must be in [0, 1]"),
-    ("momentum string", lambda w: jw.running_stats((w[0], w[0]), (w[0],) * 3, "0.9"), T, NUMBER),
+    ("momentum string", lambda w: jw.running_stats((w[0], w[0]), (w[0],) * 3, "0.9"), V, 'or "cumulative", got'),
+    ("cumulative of two", lambda w: jw.running_stats((w[0],) * 2, (w[0],) * 3, "cumulative"), V, "(mean, var, k)"),
+    ("batch dtype", lambda w: jw.batch_norm(w, dtype="int8"), T, "dtype must be a real floating dtype"),
+    ("batch features", lambda w: jw.batch_norm(w, feature_axes=2), V, "feature_axes must name axes of x (4, 6)"),
+    ("stats features", lambda w: jw.batch_stats(w, feature_axes=(0, -2)), V, "feature_axes must name axes of x"),
+    ("ghosts of features", lambda w: jw.batch_norm(w, feature_axes=0, ghost_size=2), V, "of samples: it has shape"),
+    ("groups without devices", lambda w: jw.batch_norm(w, axis_index_groups=[[0]]), V, "give axis_name"),
+    ("groups of devices", lambda w: mapped(jw.batch_stats, w, [[0, 1], [1, 2, 3]]), V, "name each index of the mapped"),
+    ("groups not nested", lambda w: mapped(jw.batch_norm, w, [0, 1, 2, 3]), T, "write [[0, 1], [2, 3]]"),
     ("running shapes", lambda w: jw.running_stats((w[0, :1],) * 2, (w[0],) * 3, 0.9), V, "one entry per feature"),
     ("batch without count", lambda w: jw.running_stats((w[0],) * 2, (w[0],) * 2, 0.9), V, "from batch_stats"),
     ("convention", lambda w: jw.running_stats((w[0],) * 2, (w[0],) * 3, convention="keras"), V, "'flax', 'torch', got"),
@@ -161,6 +175,12 @@ CASES = [
     ("rms where", lambda w: jw.rms_norm(w, where=w), T, "compare it with a number"),
     ("rms scale", lambda w: jw.rms_norm(w, w[:, 0], axis=(0, 1)), V, "scale must have shape (4, 6)"),
     ("group indivisible", lambda w: jw.group_norm(w, n_groups=4), V, "n_groups=4 does not divide the 6 features"),
+    ("layer dtype", lambda w: jw.layer_norm(w, dtype="int32"), T, "dtype must be a real floating dtype"),
+    ("layer features", lambda w: jw.layer_norm(w, w[0], feature_axes=0), V, "scale must have shape (4,), one per"),
+    ("rms features", lambda w: jw.rms_norm(w, feature_axes=3), V, "feature_axes must name axes of x (4, 6)"),
+    ("group axis", lambda w: jw.group_norm(w, n_groups=2, axis=0), V, "axis must include the last axis of x"),
+    ("instance features", lambda w: jw.instance_norm(w[None], feature_axes=0), V, "must not include axis 0 of x"),
+    ("group devices", lambda w: jw.group_norm(w, n_groups=2, axis_index_groups=[[0]]), V, "give axis_name"),
     ("group 0", lambda w: jw.group_norm(w, n_groups=0), V, "n_groups must be at least 1"),
     ("group 2.0", lambda w: jw.group_norm(w, n_groups=2.0), T, INTEGER),
     ("group of a vector", lambda w: jw.group_norm(w[0], n_groups=2), V, "add a batch axis with x[None]"),
@@ -175,6 +195,8 @@ CASES = [
     ("chain state None", lambda w: jw.Chain(jw.ClipWeights(1.0)).apply(w, None), T, "pass init(w, key)"),
     ("state shape", lambda w: jw.SpectralNorm().update(w, jw.SpectralNorm().init(w[:2], KEY)), V, INIT),
     ("state shape, apply", lambda w: jw.SpectralNorm().apply(w, jw.SpectralNorm().init(w[:2], KEY)), V, INIT),
+    ("averaged index", lambda w: jw.ShareWeights(2).apply(w, {"index": 0.5 * w}), T, "from the last step"),
+    ("averaged step", lambda w: jw.ClipWeights(abs).update(w, {"limit": 0.5, "step": 0.5}), T, "from the last step"),
     ("no state to judge", lambda w: jw.spectral_estimate(w, {}), V, INIT),
     ("state of other axes", lambda w: jw.spectral_estimate(w, {}, axes=jw.Axes(batch=-1)), V, "give every axis"),
     ("no scale", lambda w: jw.WeightNorm().apply(w, jw.SpectralNorm().init(w, KEY)), V, INIT),

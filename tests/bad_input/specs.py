@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from bad_input.vocabulary import CALLABLE, INTEGER, KEY, NAN, NUMBER, SCALAR, SHAPE, WRITE_AXES, T, V
 
@@ -34,6 +35,21 @@ CASES = [
     ("Simplex < 0", lambda: jw.projections.Simplex(-1.0), V, "total must be at least 0"),
     ("L1Sphere -1", lambda: jw.projections.L1Sphere(-1.0), V, "radius must be at least 0"),
     ("BoundSum range", lambda: jw.projections.BoundSum(1.0, 0.0), V, "swap them"),
+    ("BoundSum's normal '1'", lambda: jw.projections.BoundSum(normal="1"), T, "pass an array or nested tuples"),
+    ("BoundSum's normal in steps", lambda: jw.projections.BoundSum(normal=((1.0,), (1.0, 2.0))), T, "of one length"),
+    ("BoundSum's normal NaN", lambda: jw.projections.BoundSum(normal=(1.0, math.nan)), V, NAN),
+    (
+        "BoundSum's normal under jit",
+        lambda: jax.jit(lambda a: jw.projections.BoundSum(normal=a).apply(a, {}))(jnp.ones(3)),
+        T,
+        "use bound_sum",
+    ),
+    (
+        "BoundSum's normal and w",
+        lambda: jw.projections.BoundSum(normal=(1.0, 2.0)).apply(jnp.ones(3), {}),
+        V,
+        "normal must broadcast to w (3,), got shape (2,)",
+    ),
     ("L1Ball NaN", lambda: jw.projections.L1Ball(math.nan), V, NAN),
     ("Around 3", lambda: jw.Around(3), T, "Around needs a jaxweights.Transform, got int"),
     ("Around a class", lambda: jw.Around(jw.ClipWeights), T, "make an instance, ClipWeights(...)"),
@@ -46,6 +62,7 @@ CASES = [
     ("FakeQuantize 1.5", lambda: jw.FakeQuantize(1.5), T, INTEGER),
     ("FakeQuantize axes", lambda: jw.FakeQuantize(4, axes=jw.Axes()), V, "give per_unit=True too"),
     ("FakeQuantize True", lambda: jw.FakeQuantize(True), T, INTEGER),
+    ("WeightNorm '0'", lambda: jw.WeightNorm(scale="0"), T, NUMBER),
     ("WeightStandardization '1'", lambda: jw.WeightStandardization("1"), T, NUMBER),
     ("WeightStandardization eps", lambda: jw.WeightStandardization(eps=math.nan), V, NAN),
     ("WeightStandardization schedule", lambda: jw.WeightStandardization(lambda step: 1.0), T, CALLABLE),
@@ -67,6 +84,11 @@ CASES = [
     ("stacked at -1", lambda: jw.Axes().stacked(-1), V, "axis must be at least 0"),
     ("stacked at '0'", lambda: jw.Axes().stacked("0"), T, INTEGER),
     ("stacked from the front", lambda: jw.Axes(0, 1).stacked(), V, "counted from the end (negative)"),
+    ("matrix of a tree", lambda: jw.axes.DENSE.matrix({"a": jnp.ones((2, 3))}), T, "for a tree use jax.tree.map"),
+    ("fans of a tree", lambda: jw.axes.fans({"a": jnp.ones((2, 3))}), T, "got dict: write (2, 3)"),
+    ("infer_axes of a list", lambda: jw.axes.infer_axes([jnp.ones((2, 3))]), T, "got list: pass {path: shape}"),
+    ("infer_axes of a list in a dict", lambda: jw.axes.infer_axes({"a": [jnp.ones(2)]}), T, "got list at 'a'"),
+    ("infer_axes of a number", lambda: jw.axes.infer_axes({"a": 3}), T, "got int at 'a': pass {path: shape}"),
     ("fans of an integer", lambda: jw.axes.fans(5), T, SHAPE),
     ("fans of floats", lambda: jw.axes.fans((2.0, 3)), T, INTEGER),
     ("fans < 0", lambda: jw.axes.fans((-1, 3)), V, "each size in shape must be at least 0"),
@@ -99,6 +121,7 @@ CASES = [
             ("normal", {"mean": None}, T, NUMBER),
             ("uniform", {"low": 1.0, "high": 0.0}, V, "low must be at most high, got 1.0 and 0.0: swap them"),
             ("truncated_normal", {"low": 3.0}, V, "low must be at most high"),
+            ("truncated_normal", {"low": 2.0}, V, "for one value use constant"),
             ("truncated_normal", {"std": math.nan}, V, NAN),
             ("variance_scaling", {"scale": -1.0}, V, "scale must be at least 0"),
             ("variance_scaling", {"mode": "in"}, V, "mode must be one of 'fan_in', 'fan_out', 'fan_avg'"),
@@ -119,7 +142,9 @@ CASES = [
             ("fixup", {"n_branches": 4.0, "n_layers": 2}, T, INTEGER),
         ]
     ),
-    ("gain by an unknown name", lambda: init.gain("swish"), V, "activation must be one of 'linear', 'sigmoid',"),
+    ("gain by an unknown name", lambda: init.gain("softmax"), V, "activation must be one of 'linear', 'conv1d',"),
+    ("gain with a slope", lambda: init.gain("relu", 0.2), V, 'slope belongs to "leaky_relu"'),
+    ("gain with a slope '0'", lambda: init.gain("leaky_relu", "0"), T, NUMBER),
     ("gain of a number", lambda: init.gain(2), T, "pass one such as jax.nn.gelu"),
     ("gain of zero", lambda: init.gain(jnp.zeros_like), V, "it has no gain"),
     ("mup of a number", lambda: init.mup((4, 4), 4), T, SHAPE),

@@ -145,3 +145,29 @@ def test_grad_is_a_gradient_and_never_an_update():
     tx = jw.confine(optax.adam(0.1), Remembering(), where="w")
     _, state = tx.update(grads, tx.init(params), params)
     np.testing.assert_array_equal(seen(state), grads["w"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotating(jw.Transform):
+    """Keeps one output after the other, scaled by the running mean of the norm of the weight."""
+
+    def init(self, w, key):
+        return {"turn": jnp.zeros((), jnp.int32), "norm": jnp.sqrt(jnp.sum(w**2))}
+
+    def update(self, w, state, grad=None):
+        return {"turn": state["turn"] + 1, "norm": (state["norm"] + jnp.sqrt(jnp.sum(w**2))) / 2}
+
+    def apply(self, w, state):
+        return jnp.where(jnp.arange(w.shape[-1]) == state["turn"] % w.shape[-1], w / state["norm"], 0)
+
+
+@pytest.mark.parametrize("t", [Rotating(), jw.Chain(jw.SpectralNorm(), Rotating()), jw.Around(Rotating())])
+def test_a_tree_refuses_the_mean_of_an_integer_that_a_third_party_keeps(t):
+    lifted = jw.on_tree(t, where="w")
+    state = lifted.init({"w": W}, KEY)
+    mean = jax.tree.map(lambda a: 0.9 * a + 0.1 * a, state)
+    for verb in (lifted.apply, lifted.update):
+        with pytest.raises(TypeError, match="turn' of dtype float32, init makes it int32: it was averaged or cast"):
+            verb({"w": W}, mean)
+    mixed = jax.tree.map(lambda a, b: a if jnp.issubdtype(a.dtype, jnp.integer) else b, state, mean)
+    np.testing.assert_allclose(lifted.apply({"w": W}, mixed)["w"], lifted.apply({"w": W}, state)["w"], rtol=1e-5)
