@@ -47,9 +47,10 @@ def draw_group(panel: plt.Axes, name: str, rows: list[dict[str, Any]]) -> None:
         panel.text(
             max(r["ratio"]["high"], r["goal"] or 0) + right * 0.015,
             place,
-            f"{r['ratio']['median']:.2f}",
+            f"{r['ratio']['median']:.3f}",
             va="center",
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )
         if r["goal"] is not None:
             panel.plot([r["goal"]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)

@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> Table:
-    out = Table(title="time of x @ w over the dense product: median [quartiles]", title_justify="left")
+    out = Table(title="time of x @ w over the dense product: median \\[quartiles]", title_justify="left")
     for name in ("format", "side", "rows", "time", "ours, ms", "dense, ms", "bytes"):
         out.add_column(name, justify="left" if name == "format" else "right", no_wrap=True)
     for i, r in enumerate(results):

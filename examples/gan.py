@@ -240,7 +240,8 @@ def run(way: Way, images: jax.Array, args, measurer: Measurer, features: gan_mea
             upper = float(np.prod(list(norms.values())))
             for values, value in zip(curves, (step, lower, upper, gap, features.distance(fake)), strict=True):
                 values.append(value)
-    return gan_report.Result(np.asarray(gan.samples(gan_report.SHOWN)), norms, curves, float(np.median(seconds)))
+    samples = np.asarray(gan.samples(gan_report.SHOWN))
+    return gan_report.Result(samples, norms, curves, float(np.median(seconds)), features.held_out)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             chosen = way(critic, images.shape[1], args.width)
             results[critic] = run(chosen, images, args, measurer, features, lambda task=task: bar.advance(task))
     title = f"{args.data}, {args.steps:,} steps of the generator"
-    gan_report.table(title, results, features.distance(data.test_images), features.accuracy)
+    gan_report.table(title, results, features.held_out, features.accuracy)
     real = np.asarray(data.test_images[: gan_report.SHOWN])
     gan_report.picture(args.out or f"gan_{args.data.replace('-', '_')}.png", title, real, results)
     return results

@@ -60,6 +60,7 @@ class Features:
         self._predict = predict
         self.accuracy = float(np.mean(self._of(data.test_images)[0] == data.test_labels))
         self.real = self.moments(images)
+        self.held_out = self.distance(data.test_images)
 
     def _of(self, images) -> tuple[np.ndarray, ...]:
         """Returns (classes, hidden layer), computed in chunks."""

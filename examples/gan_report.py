@@ -45,6 +45,8 @@ class Result:
     curves: Curves
     seconds: float
     """Time per generator step, including its critic steps."""
+    held_out: float
+    """Fréchet distance of real images that are held out."""
 
 
 def progress() -> Progress:
