@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def table(results: list[dict[str, Any]]) -> Table:
-    out = Table(title="ratio ours / other: median [quartiles]")
+    out = Table(title="ratio ours / other: median \\[quartiles]")
     for name in ("group", "case", "against"):
         out.add_column(name)
     for name in ("ratio", "goal", "ours", "other", "rounds"):

@@ -110,6 +110,15 @@ def test_tracing(tmp_path):
         assert now["trace_s"] > 0 and now["lower_s"] > 0
 
 
+@pytest.mark.slow
+def test_startup(tmp_path):
+    script = RUN.with_name("startup.py")
+    subprocess.run([sys.executable, script, "--quick", "--out", tmp_path, "--before", RUN.parents[1]], check=True)
+    report = json.loads((tmp_path / "startup-quick.json").read_text())
+    assert set(report["results"]) == {"now", "before"} and len(report["results"]["now"]) == 6
+    assert all(r["seconds"] > 0 and r["cpu_seconds"] > 0 for r in report["results"]["now"].values())
+
+
 @pytest.fixture
 def readme(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(RUN.parent), *sys.path])
