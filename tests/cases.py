@@ -157,7 +157,7 @@ FUNCTIONS = [
     ),
     Case("batch_norm", function=lambda x: jw.batch_norm(x, per_feature(x, 2), per_feature(x, 1)), kind="no transform"),
     Case("batch_norm masked", function=lambda x: jw.batch_norm(x, where=jnp.arange(x.shape[0])[:, None] < 40)),
-    Case("batch_norm features", function=lambda x: jw.batch_norm(x, x[:, 0] / 9, feature_axes=0)),
+    Case("batch_norm features", function=lambda x: jw.batch_norm(x, per_feature(x.T, 0.5), feature_axes=0)),
     Case("batch_norm ghosts", function=lambda x: jw.batch_norm(x, ghost_size=16)),
     Case(
         "batch_renorm",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, KEY
-from contract.table import close, each_kind, weight
+from contract.table import close, every_case, weight
 from x64 import enable_x64
 
 import jaxweights as jw
@@ -37,6 +37,9 @@ MODES = {
     "rbg keys": lambda: jax.default_prng_impl("rbg"),
 }
 
+TRACED = ["checking_leaks", "x64", "bfloat16 products"]
+"""Modes that change how a program is traced, but not its values."""
+
 OWN_PROMOTION = ("models.capture.capture", "data_init.data_dependent_init", "inference.unit_groups")
 """Their examples are given models that promote ranks themselves, as `x @ w + b` does."""
 
@@ -45,6 +48,9 @@ def over(modes, slow=()):
     return pytest.mark.parametrize(
         "mode", [pytest.param(m, marks=[pytest.mark.slow] if m in slow else []) for m in modes]
     )
+
+
+one_of_each_kind = pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES if c.kind])
 
 
 def value_and_gradient(case, w, key=KEY):
@@ -59,10 +65,8 @@ def examples():
     return [pytest.param(t, id=name.removeprefix("jaxweights.")) for name, t in found.items()]
 
 
-@each_kind
-@over(
-    ["disable_jit", "checking_leaks", "x64", "bfloat16 products"], slow=["checking_leaks", "x64", "bfloat16 products"]
-)
+@one_of_each_kind
+@over(["disable_jit", *TRACED], slow=TRACED)
 def test_values_and_gradients_are_the_same(case, mode):
     w = weight(case)
     expected = value_and_gradient(case, w)
@@ -73,7 +77,7 @@ def test_values_and_gradients_are_the_same(case, mode):
         close(a, b, 1e-4)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES])
+@every_case
 def test_nothing_is_promoted_or_left_undefined(case):
     """Eagerly, so that JAX sees each intermediate value."""
     with raising():
@@ -81,7 +85,7 @@ def test_nothing_is_promoted_or_left_undefined(case):
     assert np.isfinite(new).all() and np.isfinite(gradient).all()
 
 
-@each_kind
+@one_of_each_kind
 def test_keys_may_be_of_any_kind(case):
     w = weight(case)
     key = jax.random.key(7, impl="rbg")

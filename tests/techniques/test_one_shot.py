@@ -260,7 +260,7 @@ def test_singular_second_moments(dtype):
                     best[kept, j] = np.linalg.lstsq(x[:, kept], x @ w[:, j])[0]
                 outputs = x @ w if x.any() else np.ones(1)
                 relative = lambda new, x=x, outputs=outputs: np.sum((x @ (new - w)) ** 2) / np.sum(outputs**2)
-                assert relative(restored) <= 1.001 * relative(best) + 1e-9, name
+                assert relative(restored) <= 1.001 * relative(best) + (1e-9 if dtype == jnp.float32 else 1e-6), name
             if "scales" not in name:  # where only the dominant inputs count, neither is better
                 assert relative(np.float64(new)) <= relative(np.where(of_wanda, w, 0)), name
             if name in ("rank 1", "constant"):  # half of the inputs restore the output

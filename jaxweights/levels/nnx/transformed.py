@@ -135,7 +135,7 @@ def update_state(module: nnx.Module) -> None:
     >>> import jax.numpy as jnp
     >>> import jaxweights as jw
     >>> model = transformed(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jw.SpectralNorm(n_steps=20))
-    >>> model.kernel[...] = jnp.array([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    >>> model.kernel[...] = jnp.float32([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     >>> update_state(model)
     >>> print(jw.spectral_norm(fold(model).kernel[...]).round(4))
     1.0

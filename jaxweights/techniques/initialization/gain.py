@@ -71,8 +71,9 @@ def gain(activation: Callable[[jax.Array], jax.Array] | str, slope: float | None
     # The trapezoidal rule on a grid through 0, where activations have kinks: accurate to float32 for the table.
     z = np.linspace(-12, 12, 24001)
     # Compiled separately, so the gain is a number under jit too.
-    computed = jax.jit(activation).lower(jax.ShapeDtypeStruct(z.shape, jnp.float32)).compile()
-    f = np.asarray(computed(z.astype(np.float32)), np.float64)
+    with jax.disable_jit(False):
+        computed = jax.jit(activation).lower(jax.ShapeDtypeStruct(z.shape, jnp.float32)).compile()
+        f = np.asarray(computed(z.astype(np.float32)), np.float64)
     square = np.sum(f**2 * np.exp(-(z**2) / 2)) / np.sum(np.exp(-(z**2) / 2))
     if not (math.isfinite(square) and square > 0):
         raise ValueError(f"activation {activation!r} has E[f(z)²] = {square}: it has no gain")

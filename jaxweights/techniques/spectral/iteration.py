@@ -4,7 +4,7 @@ The search uses only products with the map, so it serves matrices and convolutio
 
 >>> import jax, jax.numpy as jnp
 >>> w = jnp.diag(jnp.arange(1.0, 31.0))
->>> operator = Operator(lambda xs: xs @ w.T, (30,))
+>>> operator = Operator(lambda xs: xs @ w.T, (30,), dtype=w.dtype)
 >>> search = start(operator, jax.random.key(0))
 >>> for _ in range(3):
 ...     search = advance(operator, search, n_steps=5)
@@ -166,7 +166,7 @@ def sigma(operator: Operator, v: Array) -> Array:
     Its gradient is that of uᵀAv/‖v‖ with u = Av/‖Av‖ and v held fixed. Once v has converged, this is the gradient of
     the singular value. Where Av = 0 it is 0.
     """
-    y = operator.times(_unit(operator, jnp.expand_dims(v, operator.n_batch)))
+    y = operator.times(_unit(operator, jnp.expand_dims(v.astype(operator.dtype), operator.n_batch)))
     axis = tuple(range(operator.n_batch, y.ndim))
     fixed = jax.lax.stop_gradient(y)
     return jnp.sum(safe_divide(fixed, safe_norm(fixed, axis, keepdims=True)) * y, axis)
@@ -213,7 +213,13 @@ def update_search(
     w: Array, search: Search, read: Callable[[Array, Any], Operator], spec: Any, n_steps: int, most: int = _MOST_STEPS
 ) -> Search:
     """Takes `n_steps` steps of a search, and more, up to `most` in all, while the estimate grows."""
-    return auto_sharded(lambda w, search: advance(read(w, spec), search, n_steps, most), w, search)
+
+    def move(w, search):
+        operator = read(w, spec)
+        new = advance(operator, {n: a.astype(operator.dtype) for n, a in search.items()}, n_steps, most)
+        return {n: a.astype(search[n].dtype) for n, a in new.items()}
+
+    return auto_sharded(move, w, search)
 
 
 # Blocks of vectors, (*batch, n, ...)
