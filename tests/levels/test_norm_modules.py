@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,9 @@ def test_nnx_has_the_parameters_and_outputs_of_flax_and_of_linen(name, options, 
             same = jax.jit(lambda v, x: linen.apply(v, x, mutable=["batch_stats"])[0])(variables, X)
             np.testing.assert_array_equal(y.astype(same.dtype), same)
     close(nnx.to_pure_dict(nnx.state(ours)), nnx.to_pure_dict(nnx.state(flaxs)), tolerance(options))
-    assert apply(ours, X.astype(jnp.bfloat16), None).dtype == apply(flaxs, X.astype(jnp.bfloat16), None).dtype
+    low = X.astype(jnp.bfloat16)
+    if flax.__version__ != "0.12.0":  # where nnx.BatchNorm without parameters ignores the dtype of its statistics
+        assert apply(ours, low, None).dtype == apply(flaxs, low, None).dtype
 
 
 def test_promote_dtype_decides_the_dtype():
