@@ -147,10 +147,16 @@ class BoundTransform:
                     f"state has an entry for {path!r}, which is not a selected weight of this tree: call init on it. "
                     f"Selected are: {', '.join(sorted(self.transforms))}"
                 )
-        for path, entries in state.fixed.items():
-            t = self.transforms[path]
-            with naming(type(t).__name__, path):
-                check_not_averaged(t, self.weights[path], entries)
+        for _, paths in self.rules:
+            checked = set()  # what a state is made of follows from the rule, so one weight of each kind is enough
+            for path in paths:
+                entries = state.fixed.get(path, {})
+                kind = tuple((name, getattr(entry, "dtype", type(entry))) for name, entry in entries.items())
+                if kind not in checked:
+                    checked.add(kind)
+                    t = self.transforms[path]
+                    with naming(type(t).__name__, path):
+                        check_not_averaged(t, self.weights[path], entries)
 
 
 def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None = None) -> TreeTransform:
