@@ -29,8 +29,8 @@ class Transformed(nn.Module):
     The stored state belongs to the weights before the last optimizer step. `update_state` brings it up to date, before
     evaluation and whenever weights were loaded or averaged.
 
-    Averaging: average the parameters, keep the state of the last step, then call `update_state`. The state itself has
-    no meaningful average: it holds singular vectors, masks and counts.
+    Averaging: average the parameters, keep the state of the last step, then call `update_state`. Floating
+    entries of the state may be averaged too; averaged masks, indices and steps are refused.
 
     Attributes:
       module: any Linen module. It may use `nn.scan`, `nn.remat`, dropout, batch norm and `sow`.

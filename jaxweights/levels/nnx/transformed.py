@@ -43,7 +43,7 @@ def transformed(
     evaluation and whenever weights were loaded or averaged.
 
     Averaging: average the parameters (`nnx.state(model, nnx.Param)`), keep the state of the last step, then call
-    `update_state`. The state itself has no meaningful average: it holds singular vectors, masks and counts.
+    `update_state`. Floating entries of the state may be averaged too; averaged masks, indices and steps are refused.
 
     The result pickles if its module does, as do its graph definition and its state.
 
