@@ -21,6 +21,7 @@ from jaxweights.levels.tree import TreeState, on_tree
 from jaxweights.models.capture import capture
 from jaxweights.models.data_init import data_dependent_init
 from jaxweights.models.fold_batch_norm import fold_batch_norms
+from jaxweights.models.layout import layout
 from jaxweights.models.mup import mup_init, scale_by_mup
 from jaxweights.models.reinitialize import reinitialize
 from jaxweights.models.summary import summarize
@@ -108,6 +109,7 @@ __all__ = [
     "initializers",
     "instance_norm",
     "layer_norm",
+    "layout",
     "linen",
     "magnitude_mask",
     "matmul",

@@ -4,6 +4,7 @@ from jaxweights.levels.linen.batch_norm import BatchNorm
 from jaxweights.levels.linen.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from jaxweights.levels.linen.transformed import Transformed, fold, update_state
 from jaxweights.models.linen.capture import capture
+from jaxweights.models.linen.layout import layout
 
 __all__ = [
     "BatchNorm",
@@ -14,5 +15,6 @@ __all__ = [
     "Transformed",
     "capture",
     "fold",
+    "layout",
     "update_state",
 ]

@@ -5,6 +5,7 @@ from jaxweights.levels.nnx.layer_norm import GroupNorm, InstanceNorm, LayerNorm,
 from jaxweights.levels.nnx.transformed import TransformVariable, fold, transformed, update_state
 from jaxweights.models.nnx.capture import capture
 from jaxweights.models.nnx.fold_batch_norm import fold_batch_norms
+from jaxweights.models.nnx.layout import layout
 
 __all__ = [
     "BatchNorm",
@@ -16,6 +17,7 @@ __all__ = [
     "capture",
     "fold",
     "fold_batch_norms",
+    "layout",
     "transformed",
     "update_state",
 ]

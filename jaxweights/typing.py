@@ -4,6 +4,7 @@ from jaxweights.core.stored import Stored
 from jaxweights.core.transform import Number, Scalar, State
 from jaxweights.levels.paths import Where
 from jaxweights.levels.tree import TreeTransform
+from jaxweights.models.layout import Layout
 from jaxweights.models.summary import Summary, WeightSummary
 from jaxweights.techniques.initialization import Initializer
 from jaxweights.techniques.sparsification.distribution import Distribution
@@ -14,6 +15,7 @@ from jaxweights.techniques.spectral import SpectralEstimate
 __all__ = [
     "Distribution",
     "Initializer",
+    "Layout",
     "Number",
     "Scalar",
     "Score",

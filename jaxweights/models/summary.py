@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +14,7 @@ from jaxweights.core.axes import Axes, Reading, axes_or_default, depthwise, infe
 from jaxweights.core.checks import naming
 from jaxweights.core.stored import Stored, nbytes
 from jaxweights.levels.paths import Where, flatten, is_weight, select
-from jaxweights.models.summary_table import summary_table
+from jaxweights.models.summary_table import printed, summary_table
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -86,12 +85,7 @@ class Summary:
 
     def __str__(self) -> str:
         """The table in the width of the terminal, or in 80 columns without one."""
-        from rich.console import Console
-
-        console = Console(width=shutil.get_terminal_size().columns, color_system=None, force_jupyter=False)
-        with console.capture() as text:
-            console.print(self)
-        return text.get()
+        return printed(self)
 
 
 def summarize(params: Any, where: Where | None = None, *, axes: Mapping[str, Axes] | None = None) -> Summary:

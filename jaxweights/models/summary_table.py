@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -56,6 +57,16 @@ def _size(summary: Summary) -> str:
 
 def _kilobytes(n: int) -> str:
     return f"{n / 1000:,.1f}" if n < 1e6 else f"{n / 1000:,.0f}"
+
+
+def printed(what: Any) -> str:
+    """What rich shows of an object, in the width of the terminal, or in 80 columns without one."""
+    from rich.console import Console
+
+    console = Console(width=shutil.get_terminal_size().columns, color_system=None, force_jupyter=False)
+    with console.capture() as text:
+        console.print(what)
+    return text.get()
 
 
 def shortened(paths: Sequence[str], width: int) -> list[str]:

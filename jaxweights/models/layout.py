@@ -1,0 +1,153 @@
+"""How a model reads its weights: the axes of each, from the program that uses them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxweights.core.axes import Axes
+from jaxweights.core.convolution import Convolution
+from jaxweights.levels.paths import flatten
+from jaxweights.models.layout_table import layout_table
+from jaxweights.models.summary_table import printed
+from jaxweights.programs.layout.read import read
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """What a program does with one weight.
+
+    Attributes:
+      path: path in the tree.
+      shape: shape of the weight.
+      axes: how the weight is read where it meets data in a product; None if it does not, or if no `Axes` says it.
+      why: what the weight meets in the program, or what stands in the way.
+      convolution: the geometry of the layer, if it is a convolution with a kernel (*window, in, out) of images of one
+        shape.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: Axes | None
+    why: str
+    convolution: Convolution | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout(Mapping[str, Axes]):
+    """{path: Axes} of the weights that meet data in a product. Hashable. `print` and rich show a table of all weights.
+
+    Attributes:
+      weights: all weights of the tree in the order of use, those too that meet data in no product.
+    """
+
+    weights: tuple[Weight, ...]
+
+    def __getitem__(self, path: str) -> Axes:
+        for w in self.weights:
+            if w.path == path and w.axes is not None:
+                return w.axes
+        raise KeyError(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return (w.path for w in self.weights if w.axes is not None)
+
+    def __len__(self) -> int:
+        return sum(w.axes is not None for w in self.weights)
+
+    @property
+    def convolutions(self) -> dict[str, Convolution]:
+        """{path: geometry} of the convolutions of images of one shape by kernels (*window, in, out)."""
+        return {w.path: w.convolution for w in self.weights if w.convolution is not None}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield layout_table(self, console, options)
+
+    def __str__(self) -> str:
+        """The table in the width of the terminal, or in 80 columns without one."""
+        return printed(self)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """{path: why} of the other weights: those that are looked up, added or scale, and those not followed."""
+        return {w.path: w.why for w in self.weights if w.axes is None}
+
+
+def layout(f: Callable[..., Any], params: Any, *args: Any) -> Layout:
+    """Reads off a function how it uses its weights: which axes are input, output and batch, for each of them.
+
+    A weight's shape and name do not tell how it is used; the program that uses it does. The function is traced on
+    abstract values and nothing is computed, so it takes seconds for a large model. Weights are followed through
+    transposition, reshaping, slicing, indexing, broadcasting, concatenation and elementwise functions, and into loops,
+    branches and `vmap`, to where they meet data.
+
+    - An axis that is summed over is `input`; one that stays is `output`.
+    - An axis along which each index meets data of its own is `batch`. So is one that a loop or an index runs over, and
+      the first axis of a stack that `vmap` applies to the same data.
+    - The positions of a convolution kernel are `window`.
+
+    Args:
+      f: a function (params, *args) -> anything, as in evaluation.
+      params: a tree of weights, arrays or `jax.ShapeDtypeStruct`.
+      *args: the data: pytrees of arrays or `jax.ShapeDtypeStruct`. Leaves of other types, such as flags, are passed as
+        they are.
+
+    Returns:
+      A `Layout`, a hashable mapping {path: Axes} of all weights that meet data in a product. What is looked up, added
+      or scales, and what could not be followed, is in `skipped` with the reason.
+
+    Raises:
+      TypeError: `f` is not callable.
+      ValueError: `params` has no floating-point array.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"query": jnp.ones((64, 4, 16)), "table": jnp.ones((100, 64)), "bias": jnp.ones(16)}
+    >>> def f(params, tokens):
+    ...     return jnp.einsum("td,dhk->thk", params["table"][tokens], params["query"]) + params["bias"]
+    >>> found = layout(f, params, jnp.arange(3))
+    >>> found["query"], found.skipped
+    (Axes(input=(0,), output=(1, 2), batch=(), window=None, groups=1), {'table': 'looked up', 'bias': 'added'})
+    """
+    return layout_with_state(f, params, None, args, {})
+
+
+def layout_with_state(
+    f: Callable[..., Any], params: Any, state: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Layout:
+    """`layout` of f(params, state, *args, **kwargs), or of f(params, *args) if the state is None: it is no data."""
+    if not callable(f):
+        raise TypeError(f"f must be a function (params, *args), got {type(f).__name__}: wrap the model in one")
+    tree = flatten(params)
+    leaves, treedef = jax.tree.flatten((tree.leaves, state, (args, kwargs)))
+    n_params = len(tree.leaves)
+    n_state = n_params + len(jax.tree.leaves(state))
+    arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)]
+
+    def run(*given: Any) -> Any:
+        new = list(leaves)
+        for i, value in zip(arrays, given, strict=True):
+            new[i] = value
+        weights, state, (args, kwargs) = treedef.unflatten(new)
+        outs = f(tree.treedef.unflatten(weights), *(() if state is None else (state,)), *args, **kwargs)
+        return [leaf for leaf in jax.tree.leaves(outs) if isinstance(leaf, jax.Array | np.ndarray)]
+
+    def is_weight(i: int) -> bool:
+        return i < n_params and jnp.issubdtype(leaves[i].dtype, jnp.floating)
+
+    program = jax.make_jaxpr(run)(*(leaves[i] for i in arrays))
+    weights = {place: i for place, i in enumerate(arrays) if is_weight(i)}
+    if not weights:
+        raise ValueError(f"params has no floating-point array, got {type(params).__name__}: pass the tree of weights")
+    data = [place for place, i in enumerate(arrays) if i >= n_state]
+    uses = read(program, {place: tree.paths[i] for place, i in weights.items()}, data)
+    shapes = {tree.paths[i]: tuple(leaves[i].shape) for i in weights.values()}
+    return Layout(tuple(Weight(path, shapes[path], *use) for path, use in uses.items()))

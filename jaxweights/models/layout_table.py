@@ -1,0 +1,66 @@
+"""The table of a layout, in any width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jaxweights.core.axes import Axes, Reading
+from jaxweights.models.summary_table import shortened
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.table import Table
+
+    from jaxweights.models.layout import Layout, Weight
+
+CAPTION = (
+    "all: every technique; conv: ConvSpectralNorm too, on images of the shape that the layer gets. "
+    "entrywise: decay, clipping, pruning, quantization and sharing, which need no axes."
+)
+
+
+def layout_table(layout: Layout, console: Console, options: ConsoleOptions) -> Table:
+    """The table. Where it is too wide, the paths get shorter."""
+    from rich.measure import Measurement  # a dependency of Flax, imported only to show a table
+
+    paths = [w.path for w in layout.weights]
+    wide = options.update(max_width=1000)
+    without = Measurement.get(console, wide, _table(layout, [""] * len(paths), caption=False)).maximum
+    return _table(layout, shortened(paths, max(options.max_width - without + len("weight"), 12)))
+
+
+def _table(layout: Layout, paths: Sequence[str], caption: bool = True) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=CAPTION if caption else None)
+    table.caption_justify = "left"
+    for heading in ("weight", "shape", "axes", "techniques"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("why")
+    for path, w in zip(paths, layout.weights, strict=True):
+        table.add_row(path, "×".join(map(str, w.shape)), in_words(w.axes, w.shape), _techniques(w), w.why)
+    return table
+
+
+def in_words(axes: Axes | None, shape: Sequence[int]) -> str:
+    """The role of each axis of a weight, in their order.
+
+    >>> in_words(Axes(input=0, output=(1, 2)), (64, 4, 16)), in_words(Axes(-2, -1, groups=8), (3, 3, 1, 8))
+    ('in out out', 'win win in out, 8 groups')
+    """
+    if axes is None:
+        return ""
+    r = Reading.of(axes, shape)
+    roles = {"in": r.input, "out": r.output, "batch": r.batch, "win": r.window}
+    of = {a: name for name, which in roles.items() for a in which}
+    groups = f", {r.groups} groups" if r.groups > 1 else ""
+    return " ".join(of[a] for a in range(len(shape))) + groups
+
+
+def _techniques(w: Weight) -> str:
+    """Which techniques apply to a weight."""
+    if w.axes is None:
+        return "entrywise"
+    return "all, conv" if w.convolution else "all"
