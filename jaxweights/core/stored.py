@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 
 @runtime_checkable
 class Stored(Protocol):
-    """A weight that is stored as other arrays, as a pytree node of them.
+    """A weight that is stored as other arrays, as a pytree node of them. Every level takes it for one leaf.
 
     `QuantizedArray`, `PackedArray`, `BlockSparseArray` and the sparse arrays of JAX are such. So is any class with
-    these four members.
+    these four members. `with_stored` uses those of `FollowedStored` too, where a class has them.
     """
 
     @property
@@ -39,6 +39,36 @@ class Stored(Protocol):
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """x @ w, over the input axes of the weight."""
         ...
+
+
+@runtime_checkable
+class FollowedStored(Stored, Protocol):
+    """A stored weight that stays stored where a program casts it, transposes it or takes one layer of a stack.
+
+    The arrays of a stack have its batch axes in front, in the same order, so that they are sliced with it.
+    """
+
+    @property
+    def axes(self) -> Axes:
+        """How the weight is read as a matrix."""
+        ...
+
+    def astype(self, dtype: jnp.dtype) -> FollowedStored:
+        """The weight in another floating dtype."""
+        ...
+
+    def transpose(self, permutation: Sequence[int]) -> FollowedStored | None:
+        """The weight with its axes in this order; None if it has to be an array for that."""
+        ...
+
+    def read_as(self, axes: Axes) -> FollowedStored | None:
+        """The same weight with `axes` of the same rows and the same batch axes; None if it is stored in another way."""
+        ...
+
+
+def is_stored(leaf: Any) -> TypeGuard[Stored]:
+    """Whether a node of a tree is a stored weight."""
+    return hasattr(type(leaf), "todense") and isinstance(leaf, Stored)
 
 
 def matmul(x: jax.Array, w: Stored) -> jax.Array:
@@ -67,13 +97,13 @@ def matmul(x: jax.Array, w: Stored) -> jax.Array:
     [3. 3.]
     [3. 3.]
     """
-    if not isinstance(w, Stored) or isinstance(w, type):
+    if not is_stored(w):
         raise TypeError(
             f"w must be a stored weight, got {type(w).__name__}: make one with quantize(w, bits), pack(w) or "
             f"pack_blocks(w), and multiply by an array with x @ w"
         )
-    if type(w).__module__.startswith("jax."):
-        return product(x, w, lambda rows: (_coordinates(w).T @ rows.T).T)
+    if is_of_jax(w):
+        return product(x, w, lambda rows: (coordinates(w).T @ rows.T).T)
     return w.__rmatmul__(check_weight(x, "x"))
 
 
@@ -100,7 +130,12 @@ def contraction(x: jax.Array, w: Stored) -> Reading:
     return r
 
 
-def _coordinates(w) -> Any:
+def is_of_jax(w: Stored) -> bool:
+    """Whether `w` is a sparse array of JAX. It has no axes: it is a matrix (in, out)."""
+    return type(w).__module__.startswith("jax.")
+
+
+def coordinates(w: Any) -> Any:
     """A sparse array of JAX. CSR becomes BCOO: it has no vmap, and its gradient of w.T @ x is wrong (jax 0.10.2)."""
     from jax.experimental import sparse
 

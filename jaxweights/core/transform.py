@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes
 from jaxweights.core.checks import check_exact, check_scalar, check_state, is_floating
+from jaxweights.core.convolution import Convolution
 from jaxweights.core.tracing import is_hashable
 
 State = dict[str, jax.Array]
@@ -79,6 +80,10 @@ class Transform:
         """Returns this spec with its `axes` set, if it takes axes and they are None."""
         if self.takes_axes and getattr(self, "axes") is None:  # noqa: B009, a declared field of the subclass
             return dataclasses.replace(self, axes=axes)  # type: ignore[call-arg]
+        return self
+
+    def with_convolution(self, convolution: Convolution) -> Transform:
+        """Returns this spec for the layer with this geometry. Most transforms depend on the weight alone."""
         return self
 
     def value(self, name: str, state: State) -> Any:

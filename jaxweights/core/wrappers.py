@@ -95,6 +95,10 @@ class Chain(Wrapper):
         """Returns the chain of the transforms with `axes`."""
         return Chain(*(t.with_axes(axes) for t in self.transforms))
 
+    def with_convolution(self, convolution):
+        """Returns the chain of the transforms for the layer with this geometry."""
+        return Chain(*(t.with_convolution(convolution) for t in self.transforms))
+
     def _in_turn(
         self, f: Callable[[int, Transform, Weights], dict[str, State]], ws: Weights, axes: Mapping[str, Axes]
     ) -> dict[str, State]:
@@ -164,6 +168,10 @@ class Around(Wrapper):
     def with_axes(self, axes):
         """Returns the same around the transform with `axes`."""
         return Around(self.transform.with_axes(axes))
+
+    def with_convolution(self, convolution):
+        """Returns the same around the transform for the layer with this geometry."""
+        return Around(self.transform.with_convolution(convolution))
 
     def anchor(self, w, state):
         """Returns the center."""

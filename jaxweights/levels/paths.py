@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+
+from jaxweights.core.axes import Axes
+from jaxweights.core.stored import is_stored
 
 T = TypeVar("T")
 Where = str | Sequence[str] | Callable[[str, jax.Array], bool]
@@ -22,7 +25,7 @@ STATE = "weight_transform"
 
 
 class FlatTree(NamedTuple):
-    """The leaves of a pytree and their paths."""
+    """The leaves of a pytree and their paths. A stored weight, such as a `QuantizedArray`, is one leaf."""
 
     paths: list[str]
     leaves: list[Any]
@@ -39,12 +42,16 @@ class FlatTree(NamedTuple):
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> FlatTree:
-    """Flattens any pytree.
+    """Flattens any pytree, down to its arrays and stored weights.
 
     A path joins dictionary keys, indices and attribute names with "/". The array inside a Flax variable or box has the
     path of the variable: the last ".value" is left out.
     """
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+
+    def ends(node: Any) -> bool:
+        return is_stored(node) or (is_leaf is not None and is_leaf(node))
+
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, ends)
     return FlatTree([_join(keys) for keys, _ in keyed], [leaf for _, leaf in keyed], treedef)
 
 
@@ -57,7 +64,7 @@ def entries(tree: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
 
 
 def is_weight(leaf: Any) -> bool:
-    """Whether a leaf is an array of a real floating dtype."""
+    """Whether a leaf is an array of a real floating dtype. A stored weight is none: nothing looks inside it."""
     return isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
@@ -71,29 +78,44 @@ def select(
     leaves: Sequence[Any],
     rules: Sequence[tuple[Where | None, T]],
     where: Where | None = None,
+    layout: Container[str] | None = None,
 ) -> dict[int, T]:
     """The value of the first rule that matches each weight, by position; weights without one are left out.
 
     A rule of None matches all that `where` allows. A `where` of None allows every weight that a glob of a rule matches
-    and, to a rule of None, weights with two or more axes except biases and scales. Raises if a glob matches nothing.
+    and, to a rule of None, those in the layout; without a layout, weights with two or more axes except biases and
+    scales. Raises if a glob matches nothing, or a stored weight, which is no array.
     """
-    weights = [i for i, leaf in enumerate(leaves) if is_weight(leaf)]
+    weights = [i for i, leaf in enumerate(leaves) if is_weight(leaf) or is_stored(leaf)]
     if where is not None:
         weights = _matching(weights, paths, leaves, where)
+    arrays = [i for i in weights if not is_stored(leaves[i])]
     chosen: dict[int, T] = {}
     for pattern, value in rules:
         if pattern is not None:
             matched = _matching(weights, paths, leaves, pattern)
         elif where is not None:
-            matched = weights
+            matched = arrays
+        elif layout is not None:
+            matched = [i for i in arrays if paths[i] in layout]
+            if not matched:
+                _nothing("the layout", paths, leaves)
         else:
-            matched = _matrices(weights, paths, leaves)
+            matched = _matrices(arrays, paths, leaves)
             if not matched:
                 default = "floating-point arrays with two or more axes except biases and scales"
                 _nothing(f"the default where ({default})", paths, leaves)
         for i in matched:
             chosen.setdefault(i, value)
     return chosen
+
+
+def check_layout(layout: Any) -> None:
+    """Raises unless `layout` is None or a mapping {path: Axes}."""
+    if layout is None:
+        return
+    if not isinstance(layout, Mapping) or not all(isinstance(axes, Axes) for axes in layout.values()):
+        raise TypeError(f"layout must be a mapping {{path: Axes}}, got {layout!r}: make one with jaxweights.layout")
 
 
 def check_params(name: str, params: Any) -> None:
@@ -104,13 +126,13 @@ def check_params(name: str, params: Any) -> None:
 
 def check_structure(name: str, what: str, updates: FlatTree, params: FlatTree) -> None:
     """Raises unless every leaf of `updates` has a parameter of its shape. Parameters without one (None) are fine."""
-    shapes = {path: jnp.shape(a) for path, a in zip(params.paths, params.leaves, strict=True)}
+    shapes = {path: np.shape(a) for path, a in zip(params.paths, params.leaves, strict=True)}
     for path, u in zip(updates.paths, updates.leaves, strict=True):
         if path not in shapes:
             raise ValueError(f"{name}: {what} has {path!r}, params does not: pass the parameters of these gradients")
-        if jnp.shape(u) != shapes[path]:
+        if np.shape(u) != shapes[path]:
             raise ValueError(
-                f"{name}: {what} at {path!r} has shape {jnp.shape(u)}, params {shapes[path]}: pass the parameters "
+                f"{name}: {what} at {path!r} has shape {np.shape(u)}, params {shapes[path]}: pass the parameters "
                 f"of these gradients"
             )
 
@@ -128,7 +150,7 @@ def check_rules(name: str, rules: Any, form: str) -> None:
 
 def _matching(among: list[int], paths: Sequence[str], leaves: Sequence[Any], where: Where) -> list[int]:
     if callable(where):
-        matched = [i for i in among if where(paths[i], leaves[i])]
+        matched = [i for i in among if not is_stored(leaves[i]) and where(paths[i], leaves[i])]
         if not matched:
             _nothing(f"where={getattr(where, '__name__', where)!r}", paths, leaves)
         return matched
@@ -140,6 +162,8 @@ def _matching(among: list[int], paths: Sequence[str], leaves: Sequence[Any], whe
         matches = [i for i in among if _regex(pattern).fullmatch(paths[i])]
         if not matches:
             _nothing(f"where={pattern!r}", paths, leaves)
+        for i in matches:
+            _check_array(f"where={pattern!r}", paths[i], leaves[i])
         found.update(matches)
     return sorted(found)
 
@@ -160,10 +184,22 @@ def _matrices(among: list[int], paths: Sequence[str], leaves: Sequence[Any]) -> 
     return matched
 
 
+def _check_array(what: str, path: str, leaf: Any) -> None:
+    if is_stored(leaf):
+        raise ValueError(
+            f"{what} selects {path!r}, which is stored as a {type(leaf).__name__} and no array: leave it out of the "
+            f"glob, or make arrays of what is stored with jaxweights.densify(params)"
+        )
+
+
 def _nothing(what: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     have = [f"{p} {tuple(a.shape)}" for p, a in zip(paths, leaves, strict=True) if is_weight(a)]
     listing = ", ".join(have[:50]) + (f", and {len(have) - 50} more" if len(have) > 50 else "")
-    raise ValueError(f"{what} selects no weight. The floating-point arrays of this tree are: {listing or 'none'}")
+    n_stored = sum(map(is_stored, leaves))
+    stored = f", beside {n_stored} stored weights (jaxweights.densify makes arrays of them)" if n_stored else ""
+    raise ValueError(
+        f"{what} selects no weight. The floating-point arrays of this tree are: {listing or 'none'}{stored}"
+    )
 
 
 @functools.lru_cache(maxsize=1024)

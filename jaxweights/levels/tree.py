@@ -10,9 +10,10 @@ import jax
 
 from jaxweights.core.axes import Axes, infer_axes
 from jaxweights.core.checks import naming
+from jaxweights.core.convolution import Convolution
 from jaxweights.core.joint import apply, init_each, update_each
 from jaxweights.core.transform import State, Transform, check_not_averaged, check_transform
-from jaxweights.levels.paths import FlatTree, Where, check_structure, flatten, is_weight, key_of, select
+from jaxweights.levels.paths import FlatTree, Where, check_layout, check_structure, flatten, is_weight, key_of, select
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ class TreeTransform:
 
     rules: tuple[tuple[Where | None, Transform], ...]
     where: Where | None = None
+    layout: Mapping[str, Axes] | None = None
 
     def init(self, params: Any, key: jax.Array) -> TreeState:
         """Makes the state of every selected weight. Each draws from `key` folded with a hash of its path."""
@@ -60,12 +62,15 @@ class TreeTransform:
         """Resolves paths, rules and axes on a tree, once for everything that is done with it."""
         tree = flatten(params)
         numbered = [(pattern, n) for n, (pattern, _) in enumerate(self.rules)]
-        chosen = select(tree.paths, tree.leaves, numbered, self.where)
+        chosen = select(tree.paths, tree.leaves, numbered, self.where, self.layout)
         axes = infer_axes({p: tuple(a.shape) for p, a in zip(tree.paths, tree.leaves, strict=True) if is_weight(a)})
+        axes |= self.layout or {}
         members: list[list[str]] = [[] for _ in self.rules]
         for position, n in sorted(chosen.items()):
             members[n].append(tree.paths[position])
         rules = [(t, paths) for (_, t), paths in zip(self.rules, members, strict=True) if paths]
+        if convolutions := getattr(self.layout, "convolutions", None):
+            rules = [each for t, paths in rules for each in _with_convolutions(t, paths, convolutions)]
         specs = {path: t.with_axes(axes[path]) if path in axes else t for t, paths in rules for path in paths}
         weights = {tree.paths[position]: tree.leaves[position] for position in sorted(chosen)}
         return BoundTransform(tree, rules, {path: specs[path] for path in weights}, axes, weights)
@@ -159,7 +164,23 @@ class BoundTransform:
                         check_not_averaged(t, self.weights[path], entries)
 
 
-def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None = None) -> TreeTransform:
+def _with_convolutions(
+    t: Transform, paths: list[str], convolutions: Mapping[str, Convolution]
+) -> list[tuple[Transform, list[str]]]:
+    """A rule with the geometry of each layer filled in: one rule for all layers between which that does not differ."""
+    specs: dict[Transform, list[str]] = {}
+    for path in paths:
+        spec = t.with_convolution(convolutions[path]) if path in convolutions else t
+        specs.setdefault(spec, []).append(path)
+    return list(specs.items())
+
+
+def on_tree(
+    transform: Transform | Mapping[str, Transform],
+    where: Where | None = None,
+    *,
+    layout: Mapping[str, Axes] | None = None,
+) -> TreeTransform:
     """Lifts a transform from one weight to a tree of them.
 
     Args:
@@ -167,13 +188,15 @@ def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None 
       where: the weights to transform: a glob on paths ("**/kernel"), a list of globs, or a predicate
         `(path, array) -> bool`. By default, weights with two or more axes except biases and scales; with rules, the
         weights that they match.
+      layout: how a program reads the weights, from `jaxweights.layout`, or a dict {path: Axes}. These are then the
+        axes, and the default `where` is the weights in the layout. Without it, axes follow from names and shapes.
 
     Returns:
       An object with `init(params, key)`, `update(params, state)` and `apply(params, state)`. All other leaves pass
       through, None and leaves that are not floating-point arrays among them.
 
     Raises:
-      TypeError: `transform` is not a transform.
+      TypeError: `transform` is not a transform, or `layout` not a mapping of `Axes`.
       ValueError: (when used) a glob or `where` selects nothing; it lists the paths there are.
 
     >>> import jax, jax.numpy as jnp
@@ -199,4 +222,5 @@ def on_tree(transform: Transform | Mapping[str, Transform], where: Where | None 
         rules = [(None, transform)]
     if isinstance(where, Iterable) and not isinstance(where, str):
         where = tuple(where)
-    return TreeTransform(tuple(rules), where)
+    check_layout(layout)
+    return TreeTransform(tuple(rules), where, layout)

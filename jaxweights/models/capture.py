@@ -81,7 +81,7 @@ def capture(
         batch = batch if isinstance(batch, tuple) else (batch,)
         if total is None:
             shapes = jax.eval_shape(collect, params, batch)
-            check_found("capture", params, where, shapes)
+            check_found("capture", f, params, batch, where, shapes)
             total = zeros_like(dict(shapes))
         total = step(total, params, batch)
     if total is None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxweights.core.axes import Axes, Reading
-from jaxweights.levels.paths import Where, flatten
+from jaxweights.levels.paths import Where, check_layout, flatten
 from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.numerics.moments import moments
 from jaxweights.programs.contractions.contraction import Contraction
@@ -20,7 +20,13 @@ from jaxweights.programs.contractions.visit import check_found, visit_contractio
 
 
 def data_dependent_init(
-    f: Callable[..., Any], params: Any, batch: Any, where: Where | None = None, *, per_unit: bool = True
+    f: Callable[..., Any],
+    params: Any,
+    batch: Any,
+    where: Where | None = None,
+    *,
+    layout: Mapping[str, Axes] | None = None,
+    per_unit: bool = True,
 ) -> Any:
     """Scales and shifts each layer so that every unit of its output has mean 0 and variance 1 on a batch.
 
@@ -37,6 +43,8 @@ def data_dependent_init(
       where: the weights of the layers, as in `on_tree`; by default those with two or more axes that meet data in a
         product. The bias of a layer is the entry `bias` beside its weight. A layer without a bias is only scaled: its
         mean is then not 0.
+      layout: the weights in it are the default `where`, and one of them that is not found is an error: see
+        `jaxweights.layout`.
       per_unit: if False, scales each layer as a whole to variance 1 and leaves biases unchanged. Each layer of a stack
         is scaled separately.
 
@@ -62,6 +70,9 @@ def data_dependent_init(
     """
     if not callable(f):
         raise TypeError(f"f must be a function (params, *batch), got {type(f).__name__}: wrap the model in one")
+    check_layout(layout)
+    if where is None and layout is not None:
+        where = functools.partial(_is_in, layout)
     batch = batch if isinstance(batch, tuple) else (batch,)
     paths, leaves, treedef = flatten(params)
     position = {path: i for i, path in enumerate(paths)}
@@ -72,7 +83,7 @@ def data_dependent_init(
         return scalings
 
     scalings = jax.eval_shape(lambda leaves: found({}, leaves), leaves)
-    check_found("data_dependent_init", params, where, scalings)
+    check_found("data_dependent_init", f, params, batch, where, scalings)
     biases = {}
     if per_unit:
         biases = {path: position[b] for path in scalings if (b := _bias(path)) in position}
@@ -89,6 +100,10 @@ def data_dependent_init(
             old = leaves[biases[path]]
             leaves[biases[path]] = jnp.squeeze(r.spread(s.shift), r.contracted).astype(old.dtype)
     return treedef.unflatten(leaves)
+
+
+def _is_in(layout: Mapping[str, Axes], path: str, w: Any) -> bool:
+    return path in layout
 
 
 _ROUNDING = 16
@@ -108,7 +123,10 @@ class _Scaling:
 
 def _standardize(product: Contraction, shifted: Mapping[str, Any], per_unit: bool) -> tuple[_Scaling, jax.Array]:
     """The scaling of one layer, and its product with that scaling."""
-    y = product.outputs(product.y)
+    if product.outputs is None:
+        raise ValueError(f"each product with {product.path!r} has only some of its units: leave it out of `where`")
+    outputs = product.outputs
+    y = outputs(product.y)
     grouped = product.axes.groups > 1
     lead, units = ((), y.batch + y.features) if grouped else (y.batch, y.features)
     mean, var, _ = moments(y.array, y.samples if per_unit else y.samples + units)
@@ -117,7 +135,7 @@ def _standardize(product: Contraction, shifted: Mapping[str, Any], per_unit: boo
     shift = -mean * factor if product.path in shifted else jnp.zeros_like(mean)
     # `outputs` only moves entries about, so its transpose moves them back.
     new = (y.array.astype(factor.dtype) * factor + shift).astype(product.y.dtype)
-    (new,) = jax.linear_transpose(lambda a: product.outputs(a).array, product.y)(new)
+    (new,) = jax.linear_transpose(lambda a: outputs(a).array, product.y)(new)
 
     def each(value: jax.Array) -> jax.Array:
         """With the shape (*batch, *output) of the weight."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,17 +53,29 @@ class Layout(Mapping[str, Axes]):
 
     weights: tuple[Weight, ...]
 
+    @functools.cached_property
+    def _axes(self) -> dict[str, Axes]:
+        return {w.path: w.axes for w in self.weights if w.axes is not None}
+
     def __getitem__(self, path: str) -> Axes:
-        for w in self.weights:
-            if w.path == path and w.axes is not None:
-                return w.axes
-        raise KeyError(path)
+        return self._axes[path]
 
     def __iter__(self) -> Iterator[str]:
-        return (w.path for w in self.weights if w.axes is not None)
+        return iter(self._axes)
 
     def __len__(self) -> int:
-        return sum(w.axes is not None for w in self.weights)
+        return len(self._axes)
+
+    def within(self, path: str) -> Layout:
+        """The layout of one part of the tree, with the paths that its weights have there.
+
+        Raises:
+          KeyError: there are no weights below `path`.
+        """
+        below = [w for w in self.weights if w.path.startswith(f"{path}/")]
+        if not below:
+            raise KeyError(path)
+        return Layout(tuple(dataclasses.replace(w, path=w.path.removeprefix(f"{path}/")) for w in below))
 
     @property
     def convolutions(self) -> dict[str, Convolution]:
@@ -150,4 +163,4 @@ def layout_with_state(
     data = [place for place, i in enumerate(arrays) if i >= n_state]
     uses = read(program, {place: tree.paths[i] for place, i in weights.items()}, data)
     shapes = {tree.paths[i]: tuple(leaves[i].shape) for i in weights.values()}
-    return Layout(tuple(Weight(path, shapes[path], *use) for path, use in uses.items()))
+    return Layout(tuple(Weight(path, shapes[path], use.axes, use.why, use.convolution) for path, use in uses.items()))

@@ -10,11 +10,11 @@ import optax
 
 from jaxweights.core.axes import Axes, infer_axes
 from jaxweights.core.checks import naming
-from jaxweights.levels.paths import check_params, check_structure, flatten, is_weight, select
+from jaxweights.levels.paths import check_layout, check_params, check_structure, flatten, is_weight, select
 from jaxweights.techniques.initialization import MupScales, mup
 
 
-def mup_init(params: Any, base: Any, *, axes: Mapping[str, Axes] | None = None) -> Any:
+def mup_init(params: Any, base: Any, *, layout: Mapping[str, Axes] | None = None) -> Any:
     """Scales initial weights in the standard parametrization to muP: those of output layers become smaller.
 
     The other half of muP is the learning rates: see `scale_by_mup`. Whether a weight is an input, hidden or output
@@ -37,15 +37,16 @@ def mup_init(params: Any, base: Any, *, axes: Mapping[str, Axes] | None = None) 
     Args:
       params: any pytree of weights, as returned by the model's `init`.
       base: the tree of the same model at another width, of arrays or shapes: `jax.eval_shape(narrow.init, key, x)`.
-      axes: {path: Axes} for kernels whose axes do not follow from the tree.
+      layout: how a program reads the weights of `params`, from `jaxweights.layout`, or {path: Axes} for those whose
+        axes do not follow from names and shapes.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      TypeError: `axes` is not a dict.
-      ValueError: a weight of `params` is not in `base`, or has another rank or number of layers there; or `axes` names
-        a path that is not in the tree.
+      TypeError: `layout` is not a mapping of `Axes`.
+      ValueError: a weight of `params` is not in `base`, or has another rank or number of layers there; or `layout`
+        names a path that is not in the tree.
 
     >>> import jax.numpy as jnp
     >>> def model(width):
@@ -57,14 +58,14 @@ def mup_init(params: Any, base: Any, *, axes: Mapping[str, Axes] | None = None) 
     References: Yang et al., Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hyperparameter Transfer,
     arXiv:2203.03466, 2022.
     """
-    scales = mup_scales("mup_init", params, base, axes)
+    scales = mup_scales("mup_init", params, base, layout)
     tree = flatten(params)
     weights = tree.by_path
     return tree.replaced({path: weights[path] * s.init for path, s in scales.items() if s.init != 1})
 
 
 def scale_by_mup(
-    base: Any, *, adaptive: bool = True, axes: Mapping[str, Axes] | None = None
+    base: Any, *, adaptive: bool = True, layout: Mapping[str, Axes] | None = None
 ) -> optax.GradientTransformation:
     """Scales the learning rate of every weight by muP, so that one learning rate fits all widths.
 
@@ -79,13 +80,14 @@ def scale_by_mup(
       base: the tree of the same model at another width, of arrays or shapes: `jax.eval_shape(narrow.init, key, x)`.
       adaptive: whether the optimizer's updates are invariant to the scale of the gradients. True for Adam, RMSProp,
         Adagrad and Lion, False for SGD with or without momentum.
-      axes: {path: Axes} for kernels whose axes do not follow from the tree.
+      layout: how a program reads the weights of `params`, from `jaxweights.layout`, or {path: Axes} for those whose
+        axes do not follow from names and shapes.
 
     Returns:
       An optax gradient transformation without state. Its `update` needs `params`.
 
     Raises:
-      TypeError: `axes` is not a dict.
+      TypeError: `layout` is not a mapping of `Axes`.
       ValueError: (when used) `params` is None, or a weight is not in `base`, or has another rank or number of layers
         there.
 
@@ -101,14 +103,14 @@ def scale_by_mup(
     """
 
     def init(params):
-        mup_scales("scale_by_mup", params, base, axes)
+        mup_scales("scale_by_mup", params, base, layout)
         return optax.EmptyState()
 
     def update(updates, state, params=None):
         check_params("scale_by_mup", params)
         updates = flatten(updates)
         check_structure("scale_by_mup", "updates", updates, flatten(params))
-        scales = mup_scales("scale_by_mup", params, base, axes)
+        scales = mup_scales("scale_by_mup", params, base, layout)
         given = updates.by_path
         new = {p: given[p] * (s.adam if adaptive else s.sgd) for p, s in scales.items() if p in given}
         return updates.replaced(new), state
@@ -116,19 +118,21 @@ def scale_by_mup(
     return optax.GradientTransformation(init, update)
 
 
-def mup_scales(name: str, params: Any, base: Any, axes: Mapping[str, Axes] | None) -> dict[str, MupScales]:
+def mup_scales(name: str, params: Any, base: Any, layout: Mapping[str, Axes] | None) -> dict[str, MupScales]:
     """The scales of every weight, by path. Errors name the caller, `name`."""
     tree = flatten(params)
     shapes = {path: jnp.shape(a) for path, a in tree.by_path.items() if is_weight(a)}
     base_shapes = {path: tuple(a.shape) for path, a in flatten(base).by_path.items() if hasattr(a, "shape")}
-    axes = {} if axes is None else axes
-    if not isinstance(axes, Mapping):
-        raise TypeError(f"axes must be a dict {{path: Axes}}, got {axes!r}")
-    for path in axes:
+    check_layout(layout)
+    layout = {} if layout is None else layout
+    for path in layout:
         if path not in shapes:
-            raise ValueError(f"axes names {path!r}, which is not in the tree. It has: {', '.join(shapes)}")
-    matrices = {tree.paths[i] for i in select(tree.paths, tree.leaves, [(None, None)])}
-    readings = infer_axes(base_shapes) | infer_axes(shapes) | dict(axes)
+            raise ValueError(f"layout names {path!r}, which is not in the tree. It has: {', '.join(shapes)}")
+    # What a program looks up, adds or scales with is no matrix, whatever its shape.
+    vectors = getattr(layout, "skipped", {})
+    matrices = {tree.paths[i] for i in select(tree.paths, tree.leaves, [(None, None)])} - vectors.keys()
+    inferred = {path: axes for path, axes in (infer_axes(base_shapes) | infer_axes(shapes)).items() if path in matrices}
+    readings = inferred | dict(layout)
     scales = {}
     for path, shape in shapes.items():
         if path not in base_shapes:

@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxweights.core.axes import infer_axes
-from jaxweights.levels.paths import check_rules, flatten, is_weight, key_of, select
+from jaxweights.core.axes import Axes, infer_axes
+from jaxweights.levels.paths import check_layout, check_rules, flatten, is_weight, key_of, select
 from jaxweights.techniques.initialization import Initializer
 
 
-def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) -> Any:
+def reinitialize(
+    params: Any, key: jax.Array, rules: Mapping[str, Initializer], *, layout: Mapping[str, Axes] | None = None
+) -> Any:
     """Draws the weights of a tree anew, by rules on their paths.
 
     Args:
@@ -22,14 +24,17 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
       key: a `jax.random` key. Each weight uses it folded with a hash of its path, so the draw does not depend on the
         rest of the tree.
       rules: {glob: initializer}; the first glob that matches a path applies. An initializer is a function
-        `(key, shape, dtype) -> array`, ours or JAX's. If it takes `axes`, it is passed those that follow from the tree
-        (attention, stacks), unless `functools.partial` has set them. Weights that no glob matches are kept.
+        `(key, shape, dtype) -> array`, ours or JAX's. If it takes `axes`, it is passed those of the layout, or else
+        those that follow from names and shapes (attention, stacks), unless `functools.partial` has set them. Weights
+        that no glob matches are kept.
+      layout: how a program reads the weights, from `jaxweights.layout`, or {path: Axes}.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      TypeError: `rules` is not a dict of initializers, or a rule is a factory of initializers.
+      TypeError: `rules` is not a dict of initializers, a rule is a factory of initializers, or `layout` is no mapping
+        of `Axes`.
       ValueError: `rules` is empty, a glob matches nothing, or an initializer returns another shape or dtype.
 
     >>> import jax, jax.numpy as jnp
@@ -43,11 +48,13 @@ def reinitialize(params: Any, key: jax.Array, rules: Mapping[str, Initializer]) 
     for glob, rule in rules.items():
         if not callable(rule):
             raise TypeError(f"the rule {glob!r} must be an initializer (key, shape, dtype) -> array, got {rule!r}")
+    check_layout(layout)
     paths, leaves, treedef = flatten(params)
-    inferred = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
+    axes = infer_axes({p: tuple(a.shape) for p, a in zip(paths, leaves, strict=True) if is_weight(a)})
+    axes |= layout or {}
     for i, initializer in select(paths, leaves, list(rules.items())).items():
         old = leaves[i]
-        options = {"axes": inferred[paths[i]]} if paths[i] in inferred and _takes_axes(initializer) else {}
+        options = {"axes": axes[paths[i]]} if paths[i] in axes and _takes_axes(initializer) else {}
         try:
             new = initializer(key_of(key, paths[i]), old.shape, old.dtype, **options)
         except (TypeError, ValueError) as e:

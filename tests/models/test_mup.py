@@ -83,7 +83,7 @@ def test_the_base_changes_nothing():
 def test_axes_by_hand():
     """Without a bias, (features, heads, head_dim) cannot be inferred."""
     wide, narrow = ({"q": {"kernel": jnp.ones((n, n // 4, 4))}} for n in (32, 8))
-    tx = jw.scale_by_mup(narrow, axes={"q/kernel": jw.axes.ATTENTION_IN})
+    tx = jw.scale_by_mup(narrow, layout={"q/kernel": jw.axes.ATTENTION_IN})
     assert (tx.update(wide, tx.init(wide), wide)[0]["q"]["kernel"] == 1 / 4).all()
 
 
@@ -100,7 +100,7 @@ def test_other_trees_masks_and_dtypes():
     np.testing.assert_array_equal(updates["kernel"][...], wide["kernel"][...] / 4)
 
     axes = {f"layers/{i}/weight": jw.Axes(input=1, output=0) for i in range(3)}
-    wide, tx = mlp(32), jw.scale_by_mup(mlp(8), axes=axes)
+    wide, tx = mlp(32), jw.scale_by_mup(mlp(8), layout=axes)
     updates, _ = tx.update(wide, tx.init(wide), wide)
     ratios = [np.asarray(u.weight / w.weight).mean() for u, w in zip(updates.layers, wide.layers, strict=True)]
     np.testing.assert_allclose(ratios, [1, 1 / 4, 1 / 4], rtol=1e-6)

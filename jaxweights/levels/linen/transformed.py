@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import unflatten_dict
 
+from jaxweights.core.axes import Axes
 from jaxweights.core.transform import Transform
 from jaxweights.levels.paths import STATE, Where, entries
 from jaxweights.levels.tree import BoundTransform, TreeState, on_tree
@@ -36,6 +37,7 @@ class Transformed(nn.Module):
       module: any Linen module. It may use `nn.scan`, `nn.remat`, dropout, batch norm and `sow`.
       transform: a transform, or rules {glob: transform} on the paths within the module.
       where: the weights to transform, as in `on_tree`.
+      layout: how a program reads the weights, as in `on_tree`: `jaxweights.linen.layout(module, variables, x)`.
 
     Raises:
       ValueError: (in `init` or `apply`) `where` selects nothing, the module is itself a `Transformed`, the state is
@@ -54,6 +56,7 @@ class Transformed(nn.Module):
     module: nn.Module
     transform: Transform | Mapping[str, Transform]
     where: Where | None = None
+    layout: Mapping[str, Axes] | None = None
 
     def setup(self):
         """Puts the module into the wrapper's scope, so that names do not change."""
@@ -88,7 +91,7 @@ class Transformed(nn.Module):
         inner: set[str] = set()
         if self.is_initializing():
             inner = self._make_parameters(call)
-        bound = on_tree(self.transform, self.where).bind(_plain(self.variables))
+        bound = on_tree(self.transform, self.where, layout=self.layout).bind(_plain(self.variables))
         state = self._make(bound, inner) if self.is_initializing() else _stored(bound, self.variables)
         if state.fixed and self.is_mutable_collection(STATE) and not self.is_initializing():
             state = bound.update(state)
@@ -221,7 +224,7 @@ def _bind(model: Any, variables: Mapping[str, Any], verb: str) -> BoundTransform
             f"model must be a linen.Transformed, got {type(model).__name__}: there is nothing to {verb}. For a "
             f"Transformed inside it, pass that and its part of the variables"
         )
-    return on_tree(model.transform, model.where).bind(_plain(variables))
+    return on_tree(model.transform, model.where, layout=model.layout).bind(_plain(variables))
 
 
 def _merged(old: Any, new: Any) -> Any:

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
+from jaxweights.core.axes import Axes
 from jaxweights.core.transform import State, Transform
 from jaxweights.levels.paths import STATE, Where, entries
 from jaxweights.levels.tree import BoundTransform, TreeState, TreeTransform, on_tree
@@ -29,6 +30,7 @@ def transformed(
     transform: Transform | Mapping[str, Transform],
     where: Where | None = None,
     *,
+    layout: Mapping[str, Axes] | None = None,
     rngs: nnx.Rngs | None = None,
 ) -> M:
     """An NNX module that computes with transformed weights and stores the plain ones.
@@ -51,6 +53,7 @@ def transformed(
       module: any NNX module.
       transform: a transform, or rules {glob: transform} on the paths within the module.
       where: the weights to transform, as for `on_tree`.
+      layout: how a program reads the weights, as for `on_tree`: `jaxweights.nnx.layout(module, x)`.
       rngs: the source of the key for the initial state (stream "params"); by default it is key 0.
 
     Returns:
@@ -81,7 +84,7 @@ def transformed(
             "transformed got a module that is already transformed: compose the transforms instead, "
             "transformed(module, Chain(inner, outer))"
         )
-    lifted = on_tree(transform, where)
+    lifted = on_tree(transform, where, layout=layout)
     key = rngs.params() if rngs is not None else jax.random.key(0)
     state = lifted.init(_params(module), key)
     new = _copy(module, lambda _, variable: variable, _transformed_class(type(module)))

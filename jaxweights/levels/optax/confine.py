@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from jaxweights.core.axes import Axes
 from jaxweights.core.joint import apply
 from jaxweights.core.transform import Transform
 from jaxweights.levels.optax.project import landing, moved_weights
@@ -27,6 +28,7 @@ def confine(
     transform: Transform | Mapping[str, Transform],
     where: Where | None = None,
     *,
+    layout: Mapping[str, Axes] | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Confines an optimizer to the weights that masks keep: sparse training, by `Prune` or `Regrow`.
@@ -44,6 +46,7 @@ def confine(
       transform: a transform that applies to weights, gradients and moments alike, that is, a mask: `Prune`, `Regrow`;
         or rules {glob: transform}. The first rule that matches a path applies.
       where: the weights to confine, as in `on_tree`.
+      layout: how a program reads the weights, as in `on_tree`.
       seed: seed for masks whose initial state is random.
 
     Returns:
@@ -68,7 +71,7 @@ def confine(
         raise TypeError(
             f"optimizer must be an optax transformation, got {optimizer!r}: write confine(optax.adam(1e-3), ...)"
         )
-    lifted = on_tree(transform, where)
+    lifted = on_tree(transform, where, layout=layout)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params):

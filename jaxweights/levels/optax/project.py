@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import optax
 
+from jaxweights.core.axes import Axes
 from jaxweights.core.tracing import traced_once
 from jaxweights.core.transform import State, Transform
 from jaxweights.levels.paths import Where, check_params, check_structure, flatten
@@ -23,7 +24,11 @@ class ProjectState(NamedTuple):
 
 
 def project(
-    transform: Transform | Mapping[str, Transform], where: Where | None = None, *, seed: int = 0
+    transform: Transform | Mapping[str, Transform],
+    where: Where | None = None,
+    *,
+    layout: Mapping[str, Axes] | None = None,
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Projects the weights after each update: put it last in an `optax.chain`.
 
@@ -45,6 +50,7 @@ def project(
     Args:
       transform: a transform, or rules {glob: transform}. The first rule that matches a path applies.
       where: the weights to project, as in `on_tree`.
+      layout: how a program reads the weights, as in `on_tree`.
       seed: seed for transforms whose initial state is random.
 
     Returns:
@@ -62,7 +68,7 @@ def project(
     >>> print(optax.apply_updates(params, updates)["w"])
     [ 1.  -0.7]
     """
-    lifted = on_tree(transform, where)
+    lifted = on_tree(transform, where, layout=layout)
 
     def init(params):
         return ProjectState(lifted.init(params, jax.random.key(seed)))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxweights.core.axes import Axes
 from jaxweights.core.checks import check_scalar, naming
 from jaxweights.core.transform import Scalar
-from jaxweights.levels.paths import Where, check_params, check_structure, flatten, is_weight, select
+from jaxweights.levels.paths import Where, check_layout, check_params, check_structure, flatten, is_weight, select
 from jaxweights.techniques.weight_decay import PenaltyGrad, check_penalty, weight_decay
 
 
@@ -25,6 +27,7 @@ def add_weight_decay(
     rate: Scalar,
     where: Where | None = None,
     *,
+    layout: Mapping[str, Axes] | None = None,
     penalty_grad: PenaltyGrad | None = None,
     toward: Any = None,
     cautious: bool = False,
@@ -50,6 +53,7 @@ def add_weight_decay(
         works on it; a function as `where` or `penalty_grad` then has to be named in its `static_args`.
       where: the weights to decay, as for `on_tree`: by default those with two or more axes, embeddings among them, but
         no biases or scales of norms, stacked ones (`nn.scan`) included.
+      layout: how a program reads the weights, as in `on_tree`: those in it are the default `where`, so no embeddings.
       penalty_grad: the gradient of the penalty, a function of a weight: `jnp.sign` is L1. By default the weight, L2.
       toward: a tree with the paths and shapes of the selected weights, towards which they decay. With the parameters
         that the optimizer starts from it is L2-SP. `init` copies it to the state.
@@ -81,11 +85,12 @@ def add_weight_decay(
     """
     check_scalar("rate", rate, 0, schedule=True)
     check_penalty(penalty_grad)
+    check_layout(layout)
     sign = -1 if independent else 1
 
     def init(params):
         paths, leaves, _ = flatten(params)
-        chosen = select(paths, leaves, [(None, None)], where)
+        chosen = select(paths, leaves, [(None, None)], where, layout)
         centres = {}
         if toward is not None:
             given = {path: a for path, a in flatten(toward).by_path.items() if is_weight(a)}
@@ -105,7 +110,7 @@ def add_weight_decay(
         check_structure("add_weight_decay", "updates", updates, weights)
         now = rate(state.step) if callable(rate) else rate
         given, decayed = updates.by_path, {}
-        for i in select(weights.paths, weights.leaves, [(None, None)], where):
+        for i in select(weights.paths, weights.leaves, [(None, None)], where, layout):
             path = weights.paths[i]
             if path in given:
                 with naming("add_weight_decay", path):

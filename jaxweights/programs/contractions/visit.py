@@ -8,17 +8,20 @@ in several places, or in each step of a loop that shares it, is added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
-from jaxweights.core.axes import Axes
 from jaxweights.levels.paths import Where, flatten, select
 from jaxweights.programs.contractions.found import Found, Use
 from jaxweights.programs.contractions.walk import ContractionWalk, Marked, Origin, Visit
 from jaxweights.programs.contractions.weight import Weight
+from jaxweights.programs.layout import read as layout
+from jaxweights.programs.view import View
 
 
 def visit_contractions(
@@ -26,9 +29,9 @@ def visit_contractions(
 ) -> tuple[Any, Found[str]]:
     """f(params, *args) with a visit to every product of a weight and what depends on `args`.
 
-    Pure: it may be jitted, and differentiated where `visit` may. A weight that is cast, masked, scaled, quantized or
-    transposed on the way is still that weight, and so is one whose window is flipped. Out of reach are weights that are
-    reshaped or sliced before they are used, and those in a `while_loop`.
+    Pure: it may be jitted, and differentiated where `visit` may. A weight that is cast, masked, scaled, quantized,
+    transposed or reshaped on the way is still that weight, and so is one whose window is flipped. Out of reach are
+    weights of which a product has only a part, those in a `while_loop`, and those read in two ways, as x·W and x·Wᵀ.
 
     Args:
       f: a function of a tree of weights and of arguments.
@@ -40,44 +43,82 @@ def visit_contractions(
 
     Returns:
       (f's value, {path: value}) in the order of use, which the dict keeps under `jit`. Values of one path are added.
-      Weights that meet no data, such as embeddings that are looked up, are left out.
+      Weights that meet no data, such as embeddings that are looked up, are left out: see `check_found`.
 
     Raises:
-      ValueError: `where` selects nothing, or a weight is read in two ways, as in x·W and x·Wᵀ.
+      ValueError: `where` selects nothing.
     """
-    paths, leaves, _ = flatten(params)
-    chosen = select(paths, leaves, [(None, True)], where)
-    program, shape = jax.make_jaxpr(f, return_shape=True)(params, *args)
+    traced = _trace(f, params, args, where)
 
-    def mark(i: int) -> Weight | Origin:
-        return Weight(paths[i], tuple(range(jnp.ndim(leaves[i])))) if i in chosen else Origin.OTHER
+    def mark(place: int) -> Weight | Origin:
+        if place >= traced.n_params:
+            return Origin.DATA
+        path = traced.weights.get(place)
+        return Origin.OTHER if path is None else Weight(View.whole(path, jnp.shape(traced.leaves[place])))
 
-    weights = [Marked(leaf, mark(i)) for i, leaf in enumerate(leaves)]
-    data = [Marked(leaf, Origin.DATA) for leaf in jax.tree.leaves(args)]
-    walk = ContractionWalk(visit)
-    outs = [out.value for out in walk.run(program, [*weights, *data])]
+    walk = ContractionWalk(visit, {path: use.axes for path, use in traced.uses.items() if use.axes is not None})
+    outs = walk.run(traced.program, [Marked(leaf, mark(place)) for place, leaf in enumerate(traced.leaves)])
     values = Found[str]()
-    axes: dict[str, Axes] = {}
     for use, value in walk.found.items():
-        if axes.setdefault(use.path, use.axes) != use.axes:
-            raise ValueError(
-                f"the weight {use.path!r} is read as {axes[use.path]} in one place and as {use.axes} in another: "
-                f"leave it out of `where`"
-            )
         values.add({use.path: _sorted(use, value)})
-    return jax.tree.unflatten(jax.tree.structure(shape), outs), values
+    return jax.tree.unflatten(jax.tree.structure(traced.shape), [out.value for out in outs]), values
 
 
-def check_found(name: str, params: Any, where: Where | None, found: Mapping[str, Any]) -> None:
-    """Raises if a weight that was asked for is not multiplied by data."""
-    paths, leaves, _ = flatten(params)
-    selected = [paths[i] for i in select(paths, leaves, [(None, True)], where)]
-    missed = [path for path in selected if path not in found]
-    if missed and (where is not None or not found):
-        raise ValueError(
-            f"{name} found no product of data with {', '.join(map(repr, missed))}: leave out of `where` what is not "
-            f"used, looked up, or reshaped or sliced before"
-        )
+def check_found(
+    name: str, f: Callable[..., Any], params: Any, args: Iterable[Any], where: Where | None, found: Mapping[str, Any]
+) -> None:
+    """Raises, or by default warns, if visits have missed a weight, and says why.
+
+    Weights that meet data in no product, such as embeddings and biases, are missed only if `where` names them.
+    """
+    uses = _trace(f, params, args, where).uses
+    asked = where is not None or not found
+    missed = {path: use.why for path, use in uses.items() if path not in found and (asked or not use.elsewhere)}
+    if missed:
+        listing = ", ".join(f"{path!r} ({why})" for path, why in missed.items())
+        if asked:
+            raise ValueError(f"{name} found no product of data with {listing}: leave them out of `where`")
+        warnings.warn(f"{name} leaves out {listing}", stacklevel=3)
+
+
+class _Traced(NamedTuple):
+    """A function's program, and what it does with the selected weights.
+
+    Attributes:
+      program: the program.
+      leaves: its arguments.
+      n_params: how many of them are parameters; the others are data.
+      weights: {place among the arguments: path} of the selected weights.
+      uses: {path: what the program does with the weight}.
+      shape: of the function's value.
+    """
+
+    program: core.ClosedJaxpr
+    leaves: list[Any]
+    n_params: int
+    weights: dict[int, str]
+    uses: dict[str, layout.Use]
+    shape: Any
+
+
+def _trace(f: Callable[..., Any], params: Any, args: Iterable[Any], where: Where | None) -> _Traced:
+    paths, weights, _ = flatten(params)
+    chosen = select(paths, weights, [(_is_matrix, True)], where)
+    program, shape = jax.make_jaxpr(f, return_shape=True)(params, *args)
+    leaves, places = [], {}
+    for i, weight in enumerate(weights):
+        if i in chosen:
+            places[len(leaves)] = paths[i]
+        leaves += jax.tree.leaves(weight)
+    n_params = len(leaves)
+    leaves += jax.tree.leaves(tuple(args))
+    uses = layout.read(program, places, range(n_params, len(leaves)))
+    return _Traced(program, leaves, n_params, places, uses, shape)
+
+
+def _is_matrix(path: str, w: Any) -> bool:
+    """Two or more axes: what else a weight is, the program tells."""
+    return jnp.ndim(w) >= 2
 
 
 def _sorted(use: Use, value: Any) -> Any:

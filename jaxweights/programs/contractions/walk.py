@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxweights.core.axes import axis_tuple
+from jaxweights.core.axes import Axes, axis_tuple
 from jaxweights.programs.calls import CALLS, called, scan_operands
 from jaxweights.programs.contractions.contraction import PRODUCTS, Contraction
 from jaxweights.programs.contractions.found import Found, Use, zeros_like
-from jaxweights.programs.contractions.weight import Weight, follow, is_step
+from jaxweights.programs.contractions.weight import Weight, is_step
+from jaxweights.programs.follow import follow
 from jaxweights.programs.interpreter import Interpreter, Rule, evaluate
 
 Visit = Callable[[Contraction], tuple[Any, jax.Array]]
@@ -49,7 +50,9 @@ def _product(walk: ContractionWalk, eqn: core.JaxprEqn, ins: list[Marked]) -> li
         return None
     values = _values(ins)
     (y,) = evaluate(eqn, values)
-    contraction = PRODUCTS[eqn.primitive.name](eqn, weight, marks.index(weight), values, y)
+    axes, contraction = walk.axes.get(weight.path), None
+    if axes is not None and weight.is_whole:
+        contraction = PRODUCTS[eqn.primitive.name](eqn, weight, axes, marks.index(weight), values, y)
     if contraction is not None:
         looped = [loop.axis for loop in weight.loops]
         lead = tuple(a for a in axis_tuple("batch", contraction.axes.batch) if a not in looped)
@@ -83,7 +86,7 @@ def _scan(walk: ContractionWalk, eqn: core.JaxprEqn, ins: list[Marked]) -> list[
     p, depth, origin = eqn.params, walk.depth, _origin(_marks(ins))
     consts, init, xs = scan_operands(eqn, ins)
     init = [v if isinstance(v.mark, Weight) else Marked(v.value, origin) for v in init]
-    xs = [Marked(v.value, v.mark.slice(depth)) if isinstance(v.mark, Weight) else v for v in xs]
+    xs = [Marked(v.value, v.mark.slice(depth) or origin) if isinstance(v.mark, Weight) else v for v in xs]
 
     def body(carry: list[Marked], x: list[Marked]) -> _Step:
         outs, found = walk.within(p["jaxpr"], [*consts, *carry, *x], depth + 1)
@@ -146,6 +149,7 @@ class ContractionWalk(Interpreter[Marked]):
 
     Attributes:
       visit: contraction -> (value, what takes the place of the product).
+      axes: {path: how products with data read the weight}.
       depth: how many loops are around the program.
       found: {use: value} of the visits so far.
     """
@@ -157,8 +161,9 @@ class ContractionWalk(Interpreter[Marked]):
         "cond": _cond,
     }
 
-    def __init__(self, visit: Visit, depth: int = 0):
+    def __init__(self, visit: Visit, axes: Mapping[str, Axes], depth: int = 0):
         self.visit = visit
+        self.axes = axes
         self.depth = depth
         self.found = Found[Use]()
 
@@ -171,12 +176,14 @@ class ContractionWalk(Interpreter[Marked]):
         marks = _marks(ins)
         weight, mark = _only_weight(marks), _origin(marks)
         if weight is not None and mark is Origin.OTHER:
-            mark = follow(eqn, marks.index(weight), weight) or mark
+            views = [follow(eqn, marks.index(weight), weight.view, i) for i in range(len(eqn.outvars))]
+            outs = [mark if view is None else dataclasses.replace(weight, view=view) for view in views]
+            return [Marked(value, of) for value, of in zip(evaluate(eqn, _values(ins)), outs, strict=True)]
         return [Marked(value, mark) for value in evaluate(eqn, _values(ins))]
 
     def within(self, program: core.ClosedJaxpr, ins: Sequence[Marked], depth: int) -> tuple[list[Marked], Found[Use]]:
         """What comes out of a program within an equation, and what is found there: all that a trace has to return."""
-        walk = ContractionWalk(self.visit, depth)
+        walk = ContractionWalk(self.visit, self.axes, depth)
         return walk.run(program, ins), walk.found
 
 

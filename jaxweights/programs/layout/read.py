@@ -11,8 +11,8 @@ from jax.extend import core
 
 from jaxweights.core.axes import Axes
 from jaxweights.core.convolution import Convolution
-from jaxweights.programs.layout.view import View
 from jaxweights.programs.layout.walk import Event, Fate, LayoutWalk, Value
+from jaxweights.programs.view import View
 
 
 class Use(NamedTuple):
@@ -21,11 +21,13 @@ class Use(NamedTuple):
     Attributes:
       axes: how its products with data read the weight; None if there are none, or it cannot be said.
       why: what the weight meets, or what stands in the way.
+      elsewhere: whether the program is done with the weight without a product: looks it up, adds it, scales with it.
       convolution: the product, if it is a convolution of images of one shape by a kernel (*window, in, out).
     """
 
     axes: Axes | None
     why: str
+    elsewhere: bool = False
     convolution: Convolution | None = None
 
 
@@ -45,7 +47,7 @@ def read(program: core.ClosedJaxpr, weights: Mapping[int, str], data: Sequence[i
     events: defaultdict[str, list[Event]] = defaultdict(list)
     for event in _with_stacks(list(walk.events), shapes):
         events[event.path].append(event)
-    rest = {path: Use(None, "not used") for path in shapes if path not in events}
+    rest = {path: Use(None, "not used", elsewhere=True) for path in shapes if path not in events}
     return {path: _use(of, shapes[path]) for path, of in events.items()} | rest
 
 
@@ -53,7 +55,7 @@ def _use(events: Sequence[Event], shape: tuple[int, ...]) -> Use:
     """What one weight is used for."""
     products = [e for e in events if e.fate is Fate.PRODUCT]
     if not products:
-        return Use(None, _why_not(events))
+        return _elsewhere(events)
     for e in products:
         if isinstance(e.axes, str):
             return Use(None, f"in a product, {e.axes}")
@@ -65,21 +67,21 @@ def _use(events: Sequence[Event], shape: tuple[int, ...]) -> Use:
     kinds = dict.fromkeys("convolution" if e.convolution else "product" for e in products)
     also = ", also looked up" if any(e.fate is Fate.LOOKED_UP for e in events) else ""
     stack = ", one a vmap" if any(e.mapped == _STACK for e in products) else ""
-    return Use(first, " and ".join(kinds) + stack + also, convolution)
+    return Use(first, " and ".join(kinds) + stack + also, convolution=convolution)
 
 
-def _why_not(events: Sequence[Event]) -> str:
-    """What a weight is that meets data in no product."""
+def _elsewhere(events: Sequence[Event]) -> Use:
+    """What a weight is used for that meets data in no product."""
     fates = {e.fate for e in events}
     if Fate.LOOKED_UP in fates:
-        return "looked up"
-    if Fate.SCALED in fates or Fate.ADDED in fates:
-        told = [e for e in events if e.fate in (Fate.SCALED, Fate.ADDED)]
-        if all(e.axes == "weight" for e in told):
-            return "scales a weight"
-        return " and ".join(f.value for f in (Fate.SCALED, Fate.ADDED) if f in fates)
+        return Use(None, "looked up", elsewhere=True)
+    told = [e for e in events if e.fate is not Fate.LOST]
+    if told and all(e.axes == "weight" for e in told):
+        return Use(None, "scales a weight", elsewhere=True)
+    if told:
+        return Use(None, " and ".join(fate.value for fate in Fate if fate in fates - {Fate.LOST}), elsewhere=True)
     names = ", ".join(dict.fromkeys(str(e.axes) for e in events))
-    return f"not followed through {names}"
+    return Use(None, f"not followed through {names}")
 
 
 def _words(axes: Axes) -> str:

@@ -12,9 +12,9 @@ from jax.extend import core
 from jaxweights.programs import products
 from jaxweights.programs.calls import scan_operands
 from jaxweights.programs.elementwise import ELEMENTWISE
+from jaxweights.programs.follow import follow, is_lookup
 from jaxweights.programs.interpreter import Interpreter, Rule, shape
-from jaxweights.programs.layout.rules import follow, is_lookup
-from jaxweights.programs.layout.view import Roles, View, reading, split_groups
+from jaxweights.programs.view import Roles, View, reading, split_groups
 
 
 class Value(NamedTuple):
@@ -36,6 +36,7 @@ class Fate(enum.Enum):
     LOOKED_UP = "looked up"
     SCALED = "scales"
     ADDED = "added"
+    JOINED = "joined to data"
     LOST = "not followed"
 
 
@@ -128,6 +129,22 @@ def _distinct(views: Iterable[View]) -> tuple[View, ...]:
     return tuple(dict.fromkeys(views))
 
 
+_MEETING = {
+    **dict.fromkeys(("add", "add_any", "sub"), Fate.ADDED),
+    **dict.fromkeys(("mul", "div"), Fate.SCALED),
+    **dict.fromkeys(("concatenate", "stack", "dynamic_update_slice", "select_n"), Fate.JOINED),
+}
+"""{name of a primitive: what becomes of a weight that is one operand, where another one is data}"""
+
+
+def _arrays(eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
+    """The operands whose entries are in the result: not those that say which entries to take."""
+    name = eqn.primitive.name
+    if name in ("gather", "dynamic_slice"):
+        return [ins[0]]
+    return list(ins[1:] if name == "select_n" else ins)
+
+
 class LayoutWalk(Interpreter[Value]):
     """Runs a program on what is known of its arrays, and notes what becomes of the weights.
 
@@ -161,19 +178,15 @@ class LayoutWalk(Interpreter[Value]):
 
     def other(self, eqn: core.JaxprEqn, ins: list[Value]) -> list[Value]:
         """The views that survive the equation, and notes on those that do not."""
-        name, data = eqn.primitive.name, any(v.data for v in ins)
-        if any(v.views for v in ins) and name in ELEMENTWISE and self._meets_data(name, ins):
-            return [Value(data=True) for _ in eqn.outvars]
+        arrays = _arrays(eqn, ins)
+        views = [view for v in arrays for view in v.views]
+        if views and len(eqn.outvars) == 1 and any(v.data and not v.views for v in arrays):
+            name = eqn.primitive.name
+            for view in views:
+                self.add(view.path, _MEETING.get(name, Fate.LOST), name)
+            return [Value(data=True)]
+        data = any(v.data for v in ins)
         return [self._followed(eqn, ins, i, data) for i in range(len(eqn.outvars))]
-
-    def _meets_data(self, name: str, ins: Sequence[Value]) -> bool:
-        """Notes the weights that are added to data, or multiplied with it entry by entry."""
-        if not any(v.data and not v.views for v in (ins[1:] if name == "select_n" else ins)):
-            return False
-        fates = {"add": Fate.ADDED, "add_any": Fate.ADDED, "sub": Fate.ADDED, "mul": Fate.SCALED, "div": Fate.SCALED}
-        for view in (view for v in ins for view in v.views):
-            self.add(view.path, fates.get(name, Fate.LOST), name)
-        return True
 
     def _followed(self, eqn: core.JaxprEqn, ins: Sequence[Value], output: int, data: bool) -> Value:
         """One output of an equation."""

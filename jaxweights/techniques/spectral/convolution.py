@@ -100,8 +100,9 @@ class ConvSpectralNorm(Transform):
     kernel read as a matrix only guarantees √(positions in the window) per layer.
 
     The target c may be a schedule. If `soft`, a kernel changes only if σ̂ > c; otherwise it is kept bit for bit. The
-    other fields are the arguments of `conv_spectral_norm` for the layer. If layers differ, use rules:
-    `on_tree({"conv1/kernel": ConvSpectralNorm((28, 28, 1)), ...})`.
+    other fields are the arguments of `conv_spectral_norm` for the layer. `layout = jaxweights.layout(f, params, x)`
+    has them for every layer: `on_tree(ConvSpectralNorm(), where=list(layout.convolutions), layout=layout)`. Without
+    it, give `input_shape`, and if layers differ, rules: `{"conv1/kernel": ConvSpectralNorm((28, 28, 1)), ...}`.
 
     State, float32 or wider: `v`, an image of the shape of the input or the output, whichever is smaller, and `basis`,
     4 such images. Means of the states of several steps are a state too, as for `SpectralNorm`.
@@ -116,7 +117,7 @@ class ConvSpectralNorm(Transform):
     Networks by Enforcing Lipschitz Continuity, arXiv:1804.04368, 2018.
     """
 
-    input_shape: tuple[int, ...]
+    input_shape: tuple[int, ...] | None = None
     n_steps: int = 1
     strides: int | Sequence[int] = 1
     padding: Padding = "SAME"
@@ -127,7 +128,8 @@ class ConvSpectralNorm(Transform):
     scheduled: ClassVar[frozenset[str]] = frozenset({"target"})
 
     def __post_init__(self):
-        object.__setattr__(self, "input_shape", check_shape("input_shape", self.input_shape))
+        if self.input_shape is not None:
+            object.__setattr__(self, "input_shape", check_shape("input_shape", self.input_shape))
         check_integer("n_steps", self.n_steps, 1)
         check_scalar("target", self.target, 0, schedule=True)
         for name in ("strides", "padding", "dilation"):  # to be hashable
@@ -149,7 +151,19 @@ class ConvSpectralNorm(Transform):
         v = search_in(state, _operator(w, conv))["v"]
         return normalized(check_weight(w), v, self.value("target", state), _operator, conv, soft=self.soft)
 
+    def with_convolution(self, convolution):
+        """Returns this spec with the geometry of the layer, if it has no `input_shape`."""
+        if self.input_shape is not None:
+            return self
+        geometry = {"strides": convolution.strides, "padding": convolution.pads, "dilation": convolution.dilation}
+        return dataclasses.replace(self, input_shape=convolution.input_shape, groups=convolution.groups, **geometry)
+
     def _convolution(self, w) -> Convolution:
+        if self.input_shape is None:
+            raise ValueError(
+                "ConvSpectralNorm needs the input_shape of the layer: give it, or pass the level "
+                "layout=jaxweights.layout(f, params, x), which has it for convolutions by kernels (*window, in, out)"
+            )
         options = {name: getattr(self, name) for name in ("strides", "padding", "dilation", "groups")}
         return Convolution.of(check_weight(w).shape, self.input_shape, **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from jax.extend import core
 
 from jaxweights.programs.elementwise import ELEMENTWISE
 from jaxweights.programs.interpreter import shape
-from jaxweights.programs.layout.view import View, repeated
+from jaxweights.programs.view import View, repeated
 
 Follow = Callable[[core.JaxprEqn, int, View, int], View | None]
 """(equation, position of the view among its inputs, view, position of the output) -> the view there, or None."""
@@ -36,6 +37,10 @@ def _transpose(eqn: core.JaxprEqn, position: int, view: View, output: int) -> Vi
     return view.transpose(eqn.params["permutation"])
 
 
+def _reverse(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View:
+    return view.flip(eqn.params["dimensions"])
+
+
 def _reshape(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View | None:
     order = eqn.params.get("dimensions")
     return (view.transpose(order) if order else view).reshape(shape(eqn.outvars[0]))
@@ -58,15 +63,15 @@ def _joined(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View 
     """Laid beside other arrays. What was new along that axis is a stack, whose entries are different arrays."""
     axis, new = eqn.params["dimension"], shape(eqn.outvars[0])
     if all(span.size == 1 for span in view.axes[axis]):
-        axes = (*view.axes[:axis], repeated(new[axis]), *view.axes[axis + 1 :])
-        return View(view.path, view.shape, axes, view.taken + tuple(s for s in view.axes[axis] if s.axis is not None))
+        view = view.take([axis])
+        return dataclasses.replace(view, axes=(*view.axes[:axis], repeated(new[axis]), *view.axes[axis:]))
     return view.resize(new)
 
 
 def _stack(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View:
     axis = eqn.params["axis"]
     new = repeated(shape(eqn.outvars[0])[axis])
-    return View(view.path, view.shape, (*view.axes[:axis], new, *view.axes[axis:]), view.taken)
+    return dataclasses.replace(view, axes=(*view.axes[:axis], new, *view.axes[axis:]))
 
 
 def _gather(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View | None:
@@ -86,7 +91,7 @@ def _gather(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View 
     for a, of_indices in zip(batching, getattr(numbers, "start_indices_batching_dims", ()), strict=True):
         axes[places[of_indices]] = view.axes[a]
     taken = part.take(numbers.collapsed_slice_dims).taken
-    return View(view.path, view.shape, tuple(axes[a] for a in range(len(new))), taken)
+    return dataclasses.replace(view, axes=tuple(axes[a] for a in range(len(new))), taken=taken)
 
 
 def _chosen(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View | None:
@@ -99,7 +104,7 @@ _RULES: dict[str, Any] = {
     "optimization_barrier": _each,
     "select_n": _chosen,
     "transpose": _transpose,
-    "rev": _elementwise,
+    "rev": _reverse,
     "reshape": _reshape,
     "squeeze": _squeeze,
     "expand_dims": _reshape,

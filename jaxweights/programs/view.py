@@ -43,12 +43,14 @@ class View:
       shape: of the weight.
       axes: what each axis of the value is.
       taken: runs of which the value has one entry: those of a loop over a stack, or of an index.
+      flipped: axes of the weight along which the value runs backwards.
     """
 
     path: str
     shape: tuple[int, ...]
     axes: tuple[Spans, ...]
     taken: Spans = ()
+    flipped: frozenset[int] = frozenset()
 
     @classmethod
     def whole(cls, path: str, shape: Sequence[int]) -> View:
@@ -68,6 +70,11 @@ class View:
     def transpose(self, permutation: Sequence[int]) -> View:
         """With the axes of the value in this order."""
         return dataclasses.replace(self, axes=tuple(self.axes[a] for a in permutation))
+
+    def flip(self, which: Iterable[int]) -> View:
+        """Reversed along these axes of the value."""
+        flipped = {span.axis for a in which for span in self.axes[a] if span.axis is not None}
+        return dataclasses.replace(self, flipped=self.flipped ^ flipped)
 
     def take(self, which: Iterable[int]) -> View:
         """One entry along each of these axes of the value, which are left out."""
@@ -119,6 +126,16 @@ class View:
             return None
         left = tuple(span for span in rest if span.axis is not None)
         return dataclasses.replace(self, axes=tuple(axes), taken=self.taken + left)
+
+    def in_order(self, which: Iterable[int]) -> tuple[int, ...] | None:
+        """These axes of the value, such that they run through axes of the weight as they stand in it.
+
+        None if they do not, or if they are only a part of these axes.
+        """
+        order = tuple(sorted(which, key=lambda a: [(span.axis or 0, -span.stride) for span in self.axes[a]]))
+        spans = _joined(span for a in order for span in self.axes[a])
+        whole = all(span.axis is not None and span == (span.axis, 1, self.shape[span.axis]) for span in spans)
+        return order if whole else None
 
 
 def _joined(spans: Iterable[Span]) -> Spans:
