@@ -128,7 +128,7 @@ def speed() -> str:
     applied = lambda *names: [run["apply", name, "a scaled copy"] for name in names]
     step = lambda what, against="Adam": [run["Adam step", what, against]]
     modules = lambda name: [run["Linen step", name, f"nn.{name}"], run["NNX step", name, f"nnx.{name}"]]
-    compiled = lambda *names: [run["compilation, 1000 leaves", name, "a loop over leaves"] for name in names]
+    compiled = lambda *names: [run["compilation, 100 leaves", name, "a loop over leaves"] for name in names]
     counted = lambda other: [masks[other, "float32", size] for size in (10**7, 10**8)]
     rows: list[tuple[str, str, list[float]]] = [
         (
@@ -161,7 +161,7 @@ def speed() -> str:
             [stack[what]["median"] for what in ("step", "trace and compile")],
         ),
         (
-            "trace and compilation of `SpectralNorm`, of a scheduled `Prune`, on a tree of 1,000 weights",
+            "trace and compilation of `SpectralNorm`, of a scheduled `Prune`, on a tree of 100 weights",
             "a loop over the weights",
             compiled("SpectralNorm", "Prune on a schedule"),
         ),

@@ -27,7 +27,7 @@ class Size:
     batch: int = 16384
     features: int = 1024
     rows: int = 256
-    many: int = 1000
+    many: int = 100
 
 
 FULL = Size()

@@ -160,7 +160,12 @@ def layout_with_state(
     weights = {place: i for place, i in enumerate(arrays) if is_weight(i)}
     if not weights:
         raise ValueError(f"params has no floating-point array, got {type(params).__name__}: pass the tree of weights")
-    data = [place for place, i in enumerate(arrays) if i >= n_state]
+    data = [place for place, i in enumerate(arrays) if i >= n_state and not _is_key(leaves[i])]
     uses = read(program, {place: tree.paths[i] for place, i in weights.items()}, data)
     shapes = {tree.paths[i]: tuple(leaves[i].shape) for i in weights.values()}
     return Layout(tuple(Weight(path, shapes[path], use.axes, use.why, use.convolution) for path, use in uses.items()))
+
+
+def _is_key(array: Any) -> bool:
+    """Whether an array is of random keys. What depends on them alone, such as a mask of a weight, is no data."""
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)

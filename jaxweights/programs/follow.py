@@ -11,7 +11,7 @@ from jax.extend import core
 
 from jaxweights.programs.elementwise import ELEMENTWISE
 from jaxweights.programs.interpreter import shape
-from jaxweights.programs.view import View, repeated
+from jaxweights.programs.view import Span, View, repeated
 
 Follow = Callable[[core.JaxprEqn, int, View, int], View | None]
 """(equation, position of the view among its inputs, view, position of the output) -> the view there, or None."""
@@ -47,7 +47,7 @@ def _reshape(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View
 
 
 def _squeeze(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View:
-    return view.take(eqn.params["dimensions"])
+    return view.squeeze(eqn.params["dimensions"])
 
 
 def _broadcast(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View:
@@ -62,8 +62,8 @@ def _part(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View | 
 def _joined(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View | None:
     """Laid beside other arrays. What was new along that axis is a stack, whose entries are different arrays."""
     axis, new = eqn.params["dimension"], shape(eqn.outvars[0])
-    if all(span.size == 1 for span in view.axes[axis]):
-        view = view.take([axis])
+    if all(span.axis is None or view.shape[span.axis] == 1 for span in view.axes[axis]):
+        view = view.squeeze([axis])
         return dataclasses.replace(view, axes=(*view.axes[:axis], repeated(new[axis]), *view.axes[axis:]))
     return view.resize(new)
 
@@ -74,8 +74,15 @@ def _stack(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View:
     return dataclasses.replace(view, axes=(*view.axes[:axis], new, *view.axes[axis:]))
 
 
+def _unstack(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View:
+    return view.take([eqn.params["axis"]])
+
+
 def _gather(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View | None:
-    """Slices at several places: the axes of a slice are those of the view, the others number the places."""
+    """Slices at several places: the axes of a slice are those of the view, the others number the places.
+
+    If the places are on one axis of the weight, in any order, they are that axis, with a stride of 0.
+    """
     if position != 0:
         return None
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
@@ -86,12 +93,17 @@ def _gather(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View 
     batching = getattr(numbers, "operand_batching_dims", ())
     left = [a for a in range(len(sizes)) if a not in (*numbers.collapsed_slice_dims, *batching)]
     places = [a for a in range(len(new)) if a not in numbers.offset_dims]
-    axes = {a: repeated(new[a]) for a in places}
+    indexed = part.take(numbers.collapsed_slice_dims).taken[len(part.taken) :]
+    axes = {a: (Span(indexed[0].axis, 0, new[a]),) if len(indexed) == 1 else repeated(new[a]) for a in places}
     axes |= {out: part.axes[a] for out, a in zip(numbers.offset_dims, left, strict=True)}
     for a, of_indices in zip(batching, getattr(numbers, "start_indices_batching_dims", ()), strict=True):
         axes[places[of_indices]] = view.axes[a]
-    taken = part.take(numbers.collapsed_slice_dims).taken
-    return dataclasses.replace(view, axes=tuple(axes[a] for a in range(len(new))), taken=taken)
+    return dataclasses.replace(view, axes=tuple(axes[a] for a in range(len(new))), taken=part.taken + indexed)
+
+
+def _gathered(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View | None:
+    """The parts of an axis on all devices, side by side."""
+    return view.resize(shape(eqn.outvars[0])) if eqn.params["tiled"] else None
 
 
 def _chosen(eqn: core.JaxprEqn, position: int, view: View, output: int) -> View | None:
@@ -112,7 +124,10 @@ _RULES: dict[str, Any] = {
     **dict.fromkeys(("slice", "dynamic_slice", "split", "pad"), _part),
     "concatenate": _joined,
     "stack": _stack,
+    "unstack": _unstack,
     "gather": _gather,
+    "all_gather": _gathered,
+    "pvary": _each,
 }
 """{name of a primitive: Follow}"""
 

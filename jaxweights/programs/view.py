@@ -14,6 +14,8 @@ from jaxweights.core.axes import Axes
 class Span(NamedTuple):
     """A run of an axis of a weight: entry i of it is entry `start + stride·i` of the axis, for some start.
 
+    A stride of 0 says no more than that the entries are some of that axis, which an array of indices names.
+
     Attributes:
       axis: of the weight; None if the value repeats itself along the run, or has entries of other arrays.
       stride: distance between neighbours.
@@ -64,8 +66,8 @@ class View:
 
     @property
     def rank(self) -> int:
-        """Number of axes of the weight with several entries in the value."""
-        return len({span.axis for spans in self.axes for span in spans if span.size > 1} - {None})
+        """Number of axes of the weight with several entries in the value, but for axes that are indexed."""
+        return len({span.axis for spans in self.axes for span in spans if span.size > 1 and span.stride} - {None})
 
     def transpose(self, permutation: Sequence[int]) -> View:
         """With the axes of the value in this order."""
@@ -82,6 +84,14 @@ class View:
         taken = tuple(span for a in sorted(which) for span in self.axes[a] if span.axis is not None)
         rest = tuple(spans for a, spans in enumerate(self.axes) if a not in which)
         return dataclasses.replace(self, axes=rest, taken=self.taken + taken)
+
+    def squeeze(self, which: Iterable[int]) -> View:
+        """Without these axes, of size 1. Those that are of size 1 in the weight, too, say nothing of it."""
+        view = self.take(which)
+        return dataclasses.replace(view, taken=tuple(s for s in view.taken if not self._is_one(s) or s in self.taken))
+
+    def _is_one(self, span: Span) -> bool:
+        return span.axis is None or self.shape[span.axis] == 1
 
     def resize(self, shape: Sequence[int]) -> View | None:
         """With other sizes, as a slice or padding has: part of an axis is still that axis. None if it is several."""
@@ -124,7 +134,7 @@ class View:
             axes.append(_joined(spans))
         if any(span.size > 1 for span in rest):
             return None
-        left = tuple(span for span in rest if span.axis is not None)
+        left = tuple(span for span in rest if not self._is_one(span))
         return dataclasses.replace(self, axes=tuple(axes), taken=self.taken + left)
 
     def in_order(self, which: Iterable[int]) -> tuple[int, ...] | None:
@@ -168,6 +178,10 @@ def reading(view: View, roles: Roles, groups: int = 1) -> Axes | str:
         # Of an axis in two parts, such as gates and units, one may be indexed: the other tells what the axis is.
         if span.axis is not None and not of[span.axis]:
             of[span.axis].add("batch")
+    for span in (span for spans in view.axes for span in spans):
+        # Of the places that an array of indices names, some may have data of their own: each has an entry of a batch.
+        if span.axis is not None and not span.stride and "batch" in of[span.axis]:
+            of[span.axis] = {"batch"}
     for axis, several in sorted(of.items()):
         if len(several) > 1:
             return f"axis {axis} is {' and '.join(sorted(several))}"

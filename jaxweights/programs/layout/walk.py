@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from jax.extend import core
 
 from jaxweights.programs import products
-from jaxweights.programs.calls import scan_operands
+from jaxweights.programs.calls import called, scan_operands
 from jaxweights.programs.elementwise import ELEMENTWISE
 from jaxweights.programs.follow import follow, is_lookup
 from jaxweights.programs.interpreter import Interpreter, Rule, shape
@@ -99,6 +99,34 @@ def _weight(ins: Sequence[Value]) -> int | None:
     return indexed.index(True) if sum(indexed) == 1 else None
 
 
+def _ragged_dot(walk: LayoutWalk, eqn: core.JaxprEqn, ins: list[Value]) -> list[Value] | None:
+    """Runs of rows, each with a matrix of its own."""
+    if _weight(ins[:2]) != 1:
+        return None
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    batch = (*batch, *numbers.rhs_group_dimensions)
+    free = [a for a in range(len(shape(eqn.invars[1]))) if a not in (*contracted, *batch)]
+    for view in ins[1].views:
+        walk.add(view.path, Fate.PRODUCT, reading(view, Roles(contracted, free, batch)))
+    return [Value(data=True)]
+
+
+def _shard_map(walk: LayoutWalk, eqn: core.JaxprEqn, ins: list[Value]) -> list[Value]:
+    """The program of one device, whose part of an axis is still that axis."""
+    body = called(eqn)
+    outs = walk.run(body, [_resized(walk, v, variable) for v, variable in zip(ins, body.jaxpr.invars, strict=True)])
+    return [_resized(walk, v, variable) for v, variable in zip(outs, eqn.outvars, strict=True)]
+
+
+def _resized(walk: LayoutWalk, value: Value, variable: core.Var) -> Value:
+    """The value with the sizes of the variable."""
+    resized = {view: view.resize(shape(variable)) for view in value.views}
+    for view in (old for old, new in resized.items() if new is None):
+        walk.add(view.path, Fate.LOST, "shard_map")
+    return Value(tuple(new for new in resized.values() if new is not None), value.data)
+
+
 def _scan(walk: LayoutWalk, eqn: core.JaxprEqn, ins: list[Value]) -> list[Value]:
     consts, carry, xs = scan_operands(eqn, ins)
     step = [Value(tuple(view.take([0]) for view in v.views), v.data) for v in xs]
@@ -156,6 +184,8 @@ class LayoutWalk(Interpreter[Value]):
     rules: ClassVar[Mapping[str, Rule[Any]]] = {
         "dot_general": _dot_general,
         "conv_general_dilated": _convolution,
+        "ragged_dot_general": _ragged_dot,
+        "shard_map": _shard_map,
         "scan": _scan,
         "while": _while,
         "cond": _cond,
