@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxweights.core.axes import Axes
 from jaxweights.core.convolution import Convolution
+from jaxweights.core.stored import is_stored
 from jaxweights.levels.paths import flatten
 from jaxweights.models.layout_table import layout_table
 from jaxweights.models.summary_table import printed
@@ -82,8 +83,8 @@ class Layout(Mapping[str, Axes]):
         """{path: geometry} of the convolutions of images of one shape by kernels (*window, in, out)."""
         return {w.path: w.convolution for w in self.weights if w.convolution is not None}
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        yield layout_table(self, console, options)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | str]:
+        yield from layout_table(self, console, options)
 
     def __str__(self) -> str:
         """The table in the width of the terminal, or in 80 columns without one."""
@@ -110,7 +111,7 @@ def layout(f: Callable[..., Any], params: Any, *args: Any) -> Layout:
 
     Args:
       f: a function (params, *args) -> anything, as in evaluation.
-      params: a tree of weights, arrays or `jax.ShapeDtypeStruct`.
+      params: a tree of weights: arrays, stored weights, or `jax.ShapeDtypeStruct`.
       *args: the data: pytrees of arrays or `jax.ShapeDtypeStruct`. Leaves of other types, such as flags, are passed as
         they are.
 
@@ -140,7 +141,8 @@ def layout_with_state(
     if not callable(f):
         raise TypeError(f"f must be a function (params, *args), got {type(f).__name__}: wrap the model in one")
     tree = flatten(params)
-    leaves, treedef = jax.tree.flatten((tree.leaves, state, (args, kwargs)))
+    dense = [jax.ShapeDtypeStruct(w.shape, w.dtype) if is_stored(w) else w for w in tree.leaves]
+    leaves, treedef = jax.tree.flatten((dense, state, (args, kwargs)))
     n_params = len(tree.leaves)
     n_state = n_params + len(jax.tree.leaves(state))
     arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jaxweights.core.axes import Axes, Reading
@@ -20,22 +20,22 @@ CAPTION = (
 )
 
 
-def layout_table(layout: Layout, console: Console, options: ConsoleOptions) -> Table:
-    """The table. Where it is too wide, the paths get shorter."""
+def layout_table(layout: Layout, console: Console, options: ConsoleOptions) -> Iterator[Table | str]:
+    """The table, and what its words mean. Where it is too wide, the paths get shorter."""
     from rich.measure import Measurement  # a dependency of Flax, imported only to show a table
 
     paths = [w.path for w in layout.weights]
     wide = options.update(max_width=1000)
-    without = Measurement.get(console, wide, _table(layout, [""] * len(paths), caption=False)).maximum
-    return _table(layout, shortened(paths, max(options.max_width - without + len("weight"), 12)))
+    without = Measurement.get(console, wide, _table(layout, [""] * len(paths))).maximum
+    yield _table(layout, shortened(paths, max(options.max_width - without + len("weight"), 12)))
+    yield CAPTION
 
 
-def _table(layout: Layout, paths: Sequence[str], caption: bool = True) -> Table:
+def _table(layout: Layout, paths: Sequence[str]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=CAPTION if caption else None)
-    table.caption_justify = "left"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for heading in ("weight", "shape", "axes", "techniques"):
         table.add_column(heading, no_wrap=True)
     table.add_column("why")

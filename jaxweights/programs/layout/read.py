@@ -66,7 +66,7 @@ def _use(events: Sequence[Event], shape: tuple[int, ...]) -> Use:
     convolution = convolutions.pop() if len(convolutions) == 1 else None
     kinds = dict.fromkeys("convolution" if e.convolution else "product" for e in products)
     also = ", also looked up" if any(e.fate is Fate.LOOKED_UP for e in events) else ""
-    stack = ", one a vmap" if any(e.mapped == _STACK for e in products) else ""
+    stack = ", a stack under vmap" if any(e.mapped == _STACK for e in products) else ""
     return Use(first, " and ".join(kinds) + stack + also, convolution=convolution)
 
 

@@ -48,7 +48,7 @@ class Event:
       path: of the weight.
       fate: what becomes of it.
       axes: how a product reads it, or why no `Axes` says that; of another event, the name of the primitive.
-      mapped: where a `vmap` is around it, a name for that `vmap`.
+      mapped: where it is under `vmap`, a name for the innermost one.
       convolution: the product, if it is one of a convolution.
       image: shape of the image, if it is that of a convolution.
     """
@@ -240,7 +240,7 @@ class LayoutWalk(Interpreter[Value]):
 
     def add(self, path: str, fate: Fate, what: Any, **more: Any) -> None:
         """Notes what becomes of a weight."""
-        before, vmap, _ = self.scope.partition("vmap(")
+        before, vmap, _ = self.scope.rpartition("vmap(")
         self.events[Event(path, fate, what, before + vmap if vmap else None, **more)] = None
 
     def loop(
