@@ -64,5 +64,5 @@ def test_what_is_left_out_is_named_with_the_reason():
     with pytest.warns(UserWarning, match=r"capture leaves out .*'experts' .*'both' \(read in two ways") as caught:
         found = jw.capture(f, params, [(X, jnp.arange(5))])
     assert set(found) == {"kept"} and "table" not in str(caught[0].message)
-    with pytest.raises(ValueError, match=r"capture found no product of data with 'both' \(read in two ways"):
+    with pytest.raises(ValueError, match=r"capture found no product of data with all of 'both' \(read in two ways"):
         jw.capture(f, params, [(X, jnp.arange(5))], "both")

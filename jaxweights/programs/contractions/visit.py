@@ -73,11 +73,16 @@ def check_found(
     """
     uses = _trace(f, params, args, where).uses
     asked = where is not None or not found
-    missed = {path: use.why for path, use in uses.items() if path not in found and (asked or not use.elsewhere)}
+    partly = "each product has a part of it"
+    missed = {
+        path: use.why if use.axes is None else partly
+        for path, use in uses.items()
+        if path not in found and (asked or not use.elsewhere)
+    }
     if missed:
         listing = ", ".join(f"{path!r} ({why})" for path, why in missed.items())
         if asked:
-            raise ValueError(f"{name} found no product of data with {listing}: leave them out of `where`")
+            raise ValueError(f"{name} found no product of data with all of {listing}: leave it out of `where`")
         warnings.warn(f"{name} leaves out {listing}", stacklevel=3)
 
 
