@@ -45,7 +45,8 @@ class Stored(Protocol):
 class FollowedStored(Stored, Protocol):
     """A stored weight that stays stored where a program casts it, transposes it or takes one layer of a stack.
 
-    The arrays of a stack have its batch axes in front, in the same order, so that they are sliced with it.
+    The arrays of a stack have its batch axes in front, in the same order, so that they are sliced with it. If there is
+    a method `take(index)`, it gives the rows w[index] as an array, or None, and serves to look up embeddings.
     """
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxweights.core.axes import Axes
+from jaxweights.core.inference import infer
 from jaxweights.core.stored import is_stored
 
 T = TypeVar("T")
@@ -83,8 +84,8 @@ def select(
     """The value of the first rule that matches each weight, by position; weights without one are left out.
 
     A rule of None matches all that `where` allows. A `where` of None allows every weight that a glob of a rule matches
-    and, to a rule of None, those in the layout; without a layout, weights with two or more axes except biases and
-    scales. Raises if a glob matches nothing, or a stored weight, which is no array.
+    and, to a rule of None, those in the layout; without a layout, weights with two or more axes except biases,
+    scales, tokens and positions. Raises if a glob matches nothing, or a stored weight, which is no array.
     """
     weights = [i for i, leaf in enumerate(leaves) if is_weight(leaf) or is_stored(leaf)]
     if where is not None:
@@ -103,7 +104,7 @@ def select(
         else:
             matched = _matrices(arrays, paths, leaves)
             if not matched:
-                default = "floating-point arrays with two or more axes except biases and scales"
+                default = "floating-point arrays with two or more axes except biases, scales, tokens and positions"
                 _nothing(f"the default where ({default})", paths, leaves)
         for i in matched:
             chosen.setdefault(i, value)
@@ -169,19 +170,9 @@ def _matching(among: list[int], paths: Sequence[str], leaves: Sequence[Any], whe
 
 
 def _matrices(among: list[int], paths: Sequence[str], leaves: Sequence[Any]) -> list[int]:
-    """The weights with two or more axes, except biases and scales, which have two axes in a stack of layers.
-
-    They are known by name. The `weight` of an Equinox norm is known by the bias beside it, which has the same shape.
-    """
-    shapes = {paths[i]: leaves[i].shape for i in among}
-    matched = []
-    for i in among:
-        parent, _, name = paths[i].rpartition("/")
-        bias = shapes.get(f"{parent}/bias" if parent else "bias")
-        vector = leaves[i].ndim < 2 or name in ("bias", "scale") or leaves[i].shape == bias
-        if not vector and STATE not in paths[i].split("/"):
-            matched.append(i)
-    return matched
+    """The weights with two or more axes, except biases, scales, tokens and positions, by names and shapes."""
+    found = infer({paths[i]: tuple(leaves[i].shape) for i in among})
+    return [i for i in among if found[paths[i]].axes is not None and STATE not in paths[i].split("/")]
 
 
 def _check_array(what: str, path: str, leaf: Any) -> None:
@@ -195,10 +186,10 @@ def _check_array(what: str, path: str, leaf: Any) -> None:
 def _nothing(what: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     have = [f"{p} {tuple(a.shape)}" for p, a in zip(paths, leaves, strict=True) if is_weight(a)]
     listing = ", ".join(have[:50]) + (f", and {len(have) - 50} more" if len(have) > 50 else "")
-    n_stored = sum(map(is_stored, leaves))
-    stored = f", beside {n_stored} stored weights (jaxweights.densify makes arrays of them)" if n_stored else ""
+    stored = any(map(is_stored, leaves))
+    remedy = ". Others are stored: jaxweights.densify(params) makes arrays of them" if stored else ""
     raise ValueError(
-        f"{what} selects no weight. The floating-point arrays of this tree are: {listing or 'none'}{stored}"
+        f"{what} selects no weight. The floating-point arrays of this tree are: {listing or 'none'}{remedy}"
     )
 
 

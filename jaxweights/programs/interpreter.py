@@ -69,11 +69,22 @@ def shape(atom: core.Var | core.Literal) -> tuple[int, ...]:
     return getattr(atom.aval, "shape", ())
 
 
+def struct(v: core.Var) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array."""
+    return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # type: ignore[attr-defined]
+
+
 def evaluate(eqn: core.JaxprEqn, ins: Sequence[Any]) -> list[Any]:
     """The values of the outputs of one equation, whatever programs are in it. Literals have their own values."""
     values = {a: v for a, v in zip(eqn.invars, ins, strict=True) if not isinstance(a, core.Literal)}
-    alone = _empty().replace(invars=list(values), outvars=eqn.outvars, eqns=[eqn])
-    return list(core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*values.values()))
+    return list(core.jaxpr_as_fun(program_of([eqn], list(values), eqn.outvars))(*values.values()))
+
+
+def program_of(
+    eqns: Sequence[core.JaxprEqn], ins: Sequence[core.Var], outs: Sequence[core.Var]
+) -> core.ClosedJaxpr:
+    """The program of some equations of another one."""
+    return core.ClosedJaxpr(_empty().replace(invars=list(ins), outvars=list(outs), eqns=list(eqns)), ())
 
 
 @functools.cache

@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes, Reading
 from jaxweights.core.checks import check_integer, check_weight
+from jaxweights.core.layer import Layer, transpose
 from jaxweights.core.stored import contraction, nbytes
 from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.numerics.norms import safe_divide
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype", "axes"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype", "layer"])
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
-    """A weight stored as w ≈ codes·scale. A pytree node, which works with jit, vmap and checkpoints.
+    """A weight stored as w ≈ codes·scale. A pytree node, one leaf to every level.
+
+    `jit`, `vmap`, `scan` and checkpoints take it. A stack of layers whose batch axes lead is sliced to one layer.
 
     Attributes:
       codes: int8 array of the shape of the weight.
       scale: float32 array that broadcasts to `codes`, one per output unit.
       dtype: dtype of the weight.
-      axes: how the weight is read as a matrix.
+      layer: the shape of one layer, and how it is read as a matrix.
     """
 
     codes: jax.Array
     scale: jax.Array
     dtype: jnp.dtype
-    axes: Axes | None = None
+    layer: Layer
     __array_ufunc__ = None  # an array of NumPy leaves x @ w to __rmatmul__
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
         return self.codes.shape
+
+    @property
+    def axes(self) -> Axes:
+        """How the weight is read as a matrix."""
+        return self.layer.with_batch(self.shape[: self.codes.ndim - len(self.layer.shape)])[1]
 
     @property
     def nbytes(self) -> int:
@@ -47,15 +56,44 @@ class QuantizedArray:
         """The dequantized weight: codes·scale."""
         return (self.codes.astype(self.scale.dtype) * self.scale).astype(self.dtype)
 
+    def transpose(self, permutation: Sequence[int]) -> QuantizedArray:
+        """The weight with its axes in this order."""
+        codes, scale = (a.transpose(permutation) for a in (self.codes, self.scale))
+        axes = transpose(self.axes, self.shape, permutation)
+        return QuantizedArray(codes, scale, self.dtype, Layer.of(axes, codes.shape))
+
+    def astype(self, dtype: jnp.dtype) -> QuantizedArray:
+        """The weight in another floating dtype."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def read_as(self, axes: Axes) -> QuantizedArray | None:
+        """The same weight, read in another way. None where scales vary along both its rows and its columns."""
+        r = Reading.of(axes, self.shape)
+        if self._scaled(r.contracted) and self._scaled(r.output):
+            return None
+        shape = [n if a in r.batch else s for a, (n, s) in enumerate(zip(self.shape, self.scale.shape, strict=True))]
+        return QuantizedArray(self.codes, jnp.broadcast_to(self.scale, shape), self.dtype, Layer.of(axes, self.shape))
+
+    def take(self, index: jax.Array) -> jax.Array:
+        """w[index] along the first axis, for an array of integers in bounds: only those codes are dequantized."""
+        scale = self.scale[index] if self._scaled([0]) else self.scale[jnp.zeros_like(index)]
+        return (self.codes[index].astype(scale.dtype) * scale).astype(self.dtype)
+
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        """x @ w as (x · codes)·scale, with the scale applied after the product."""
+        """x @ w as (x·codes)·scale, or (x·scale)·codes where the scale is one per input."""
         x = check_weight(x, "x")
         r, dtype = contraction(x, self), accumulation_dtype(x.dtype)
         lead = tuple(range(x.ndim - len(r.contracted), x.ndim))
-        y = jax.lax.dot_general(
-            x.astype(dtype), self.codes.astype(dtype), ((lead, r.contracted), ((), ())), precision="highest"
-        )
-        return (y * jnp.squeeze(self.scale, r.contracted).astype(dtype)).astype(x.dtype)
+        by_row = self._scaled(r.contracted)
+        scale = jnp.squeeze(self.scale, r.output if by_row else r.contracted).astype(dtype)
+        scale = jnp.expand_dims(scale, range(x.ndim - len(lead)))
+        rows = x.astype(dtype) * scale if by_row else x.astype(dtype)
+        y = jax.lax.dot_general(rows, self.codes.astype(dtype), ((lead, r.contracted), ((), ())), precision="highest")
+        return (y if by_row else y * scale).astype(x.dtype)
+
+    def _scaled(self, axes: Sequence[int]) -> bool:
+        """Whether the scale varies along any of these axes."""
+        return any(self.scale.shape[a] != 1 for a in axes)
 
 
 def quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> QuantizedArray:
@@ -67,7 +105,8 @@ def quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> QuantizedA
     Args:
       w: float array of any shape.
       bits: b, from 2 to 8. Codes are int8 for every b.
-      axes: how `w` is read as a matrix; (..., in, out) by default.
+      axes: how `w` is read as a matrix; (..., in, out) by default. A stack of layers needs its batch axes, as in
+        `Axes(batch=0)`: each layer then has scales of its own.
 
     Returns:
       A `QuantizedArray`. A unit of zeros has scale 0. Weights must be finite.
@@ -92,7 +131,7 @@ def quantize(w: jax.Array, bits: int, *, axes: Axes | None = None) -> QuantizedA
     peak = jnp.max(jnp.abs(x), Reading.of(axes, w.shape).contracted, keepdims=True, initial=0)
     scale = (peak / largest).astype(jnp.float32)
     codes = jnp.clip(jnp.round(safe_divide(x, scale.astype(x.dtype))), -largest, largest).astype(jnp.int8)
-    return QuantizedArray(codes, scale, w.dtype, axes)
+    return QuantizedArray(codes, scale, w.dtype, Layer.of(axes, w.shape))
 
 
 def dequantize(q: QuantizedArray) -> jax.Array:

@@ -4,37 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jaxweights.core.axes import Axes, axes_or_default
+from jaxweights.core.axes import Axes
 from jaxweights.core.checks import check_integer, check_weight
+from jaxweights.core.layer import Layer, same_matrices
 from jaxweights.core.stored import nbytes, product
-from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, nan_unless
+from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, nan_unless, transposed_layer
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["blocks", "rows", "columns"], meta_fields=["shape", "axes"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks", "rows", "columns"], meta_fields=["layer"])
 @dataclasses.dataclass(frozen=True)
 class BlockSparseArray:
-    """A weight stored as the blocks of its matrix in which anything is kept. A pytree node.
+    """A weight stored as the blocks of its matrix in which anything is kept. A pytree node, one leaf to every level.
+
+    Batch axes lead: `scan` and `vmap` over a stack see one layer at a time.
 
     Attributes:
-      blocks: float array (n_blocks, height, width), ordered by block column, then by block row.
-      rows: int32 array (n_blocks,), the block row of each: its first row divided by the height.
-      columns: int32 array (n_blocks,), the block column of each; one past the last for unused blocks.
-      shape: shape of the weight.
-      axes: how it is read as a matrix.
+      blocks: float array (*batch, [groups,] n_blocks, height, width), ordered by block column, then by block row.
+      rows: int32 array (*batch, [groups,] n_blocks), the block row of each: its first row divided by the height.
+      columns: int32 array of the same shape, the block column of each; one past the last for unused blocks.
+      layer: the shape of one layer, and how it is read as a matrix.
     """
 
     blocks: jax.Array
     rows: jax.Array
     columns: jax.Array
-    shape: tuple[int, ...]
-    axes: Axes | None = None
+    layer: Layer
     __array_ufunc__ = None  # an array of NumPy leaves x @ w to __rmatmul__
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.layer.with_batch(self._batch)[0]
+
+    @property
+    def axes(self) -> Axes:
+        """How the weight is read as a matrix."""
+        return self.layer.with_batch(self._batch)[1]
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -49,14 +59,38 @@ class BlockSparseArray:
     @jax.jit
     def todense(self) -> jax.Array:
         """Returns the weight: kept blocks bit for bit, the others +0."""
-        axes = axes_or_default(self.axes, len(self.shape))
         n_rows, n_columns = self._matrix_shape()
-        _, height, width = self.blocks.shape
+        *lead, _, height, width = self.blocks.shape
         n_down, n_across = self._grid()
-        grid = jnp.zeros((n_down, n_across, height, width), self.dtype)
-        grid = grid.at[self.rows, self.columns].set(self.blocks, mode="drop")
-        padded = grid.swapaxes(1, 2).reshape(n_down * height, n_across * width)
-        return axes.weight(padded[:n_rows, :n_columns], self.shape)
+
+        def matrix(blocks: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+            grid = jnp.zeros((n_down, n_across, height, width), self.dtype)
+            grid = grid.at[rows, columns].set(blocks, mode="drop")
+            return grid.swapaxes(1, 2).reshape(n_down * height, n_across * width)[:n_rows, :n_columns]
+
+        for _ in lead:
+            matrix = jax.vmap(matrix)
+        return self.axes.weight(matrix(self.blocks, self.rows, self.columns), self.shape)
+
+    def transpose(self, permutation: Sequence[int]) -> BlockSparseArray | None:
+        """The weight with its axes in this order. None where its rows would change places."""
+        transposed = transposed_layer(self.axes, self.shape, permutation)
+        if transposed is None:
+            return None
+        layer, order = transposed
+
+        def moved(a: jax.Array) -> jax.Array:
+            return a.transpose(*order, *range(len(order), a.ndim))
+
+        return BlockSparseArray(moved(self.blocks), moved(self.rows), moved(self.columns), layer)
+
+    def astype(self, dtype: jnp.dtype) -> BlockSparseArray:
+        """The weight in another floating dtype."""
+        return dataclasses.replace(self, blocks=self.blocks.astype(dtype))
+
+    def read_as(self, axes: Axes) -> BlockSparseArray | None:
+        """The same weight if it is stored as these matrices, else None."""
+        return self if same_matrices(axes, self.axes, self.shape) else None
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """Returns x @ w: each block is multiplied by its part of x, and the products are summed by block column."""
@@ -72,15 +106,20 @@ class BlockSparseArray:
         sums = jax.ops.segment_sum(terms, self.columns, n_across, indices_are_sorted=True)
         return sums.swapaxes(0, 1).reshape(len(x), n_across * width)[:, : self._matrix_shape()[1]]
 
+    @property
+    def _batch(self) -> tuple[int, ...]:
+        return self.rows.shape[: -2 if self.layer.axes.groups > 1 else -1]
+
     def _grid(self) -> tuple[int, int]:
         """The numbers of block rows and block columns."""
-        _, height, width = self.blocks.shape
+        *_, height, width = self.blocks.shape
         n_rows, n_columns = self._matrix_shape()
         return -(-n_rows // height), -(-n_columns // width)
 
     def _matrix_shape(self) -> tuple[int, int]:
         shaped = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        return jax.eval_shape(axes_or_default(self.axes, len(self.shape)).matrix, shaped).shape
+        *_, n_rows, n_columns = jax.eval_shape(self.axes.matrix, shaped).shape
+        return n_rows, n_columns
 
 
 def pack_blocks(
@@ -94,19 +133,21 @@ def pack_blocks(
     """Stores a weight as the blocks of its matrix in which anything is kept.
 
     Args:
-      w: float array of any shape, without batch axes.
+      w: float array of any shape.
       mask: boolean array of the shape of `w`, true where a weight is kept; by default where `w` is not 0.
       block: (height, width) of a block. Blocks at the lower and right edges of the matrix are filled up with zeros.
-      n_blocks: number of blocks to allocate, by default as many as are kept. Required under jit.
-      axes: how `w` is read as a matrix; (..., in, out) by default.
+      n_blocks: number of blocks to allocate for each matrix, by default as many as the fullest one keeps. Required
+        under jit.
+      axes: how `w` is read as a matrix; (..., in, out) by default. A stack of layers needs its batch axes, as in
+        `Axes(batch=0)`, to be sliced by `scan` and `vmap`.
 
     Returns:
       A `BlockSparseArray`. Its `todense()` is `where(mask, w, 0)` bit for bit. Without a mask, -0.0 counts as 0 and NaN
-      is kept. Under jit, all blocks become NaN if `n_blocks` is too small.
+      is kept. Under jit, all blocks of a matrix become NaN if `n_blocks` is too small for it.
 
     Raises:
       TypeError: `w` is not a float array, `mask` is not a boolean array, or a number is not an integer.
-      ValueError: a number is out of range, `n_blocks` is too small, or `w` has batch axes or groups.
+      ValueError: a number is out of range, or `n_blocks` is too small.
 
     >>> import jax.numpy as jnp
     >>> w = jnp.zeros((4, 6)).at[:2, 4:].set(2.0)
@@ -116,19 +157,22 @@ def pack_blocks(
 
     References: Gray, Radford and Kingma, GPU Kernels for Block-Sparse Weights, 2017.
     """
-    matrix, kept = kept_matrix(w, mask, axes)
+    matrix, kept, layer = kept_matrix(w, mask, axes)
     height, width = _block(block)
-    if matrix.ndim > 2:
-        raise ValueError(f"w has batch axes or groups: pack_blocks under jax.vmap, with n_blocks, got {axes}")
     size = capacity("n_blocks", _kept_blocks(kept, height, width), n_blocks)
-    blocks, rows, columns = _gather(matrix, kept, height, width, size)
-    return BlockSparseArray(blocks, rows, columns, jnp.shape(w), axes)
+
+    def gather(matrix: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _gather(matrix, kept, height, width, size)
+
+    for _ in matrix.shape[:-2]:
+        gather = jax.vmap(gather)
+    return BlockSparseArray(*gather(matrix, kept), layer)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _kept_blocks(kept: jax.Array, height: int, width: int) -> jax.Array:
-    """Whether anything in each block is kept, shape (block columns, block rows)."""
-    return _cut(kept, height, width).any((2, 3))
+    """Whether anything in each block is kept, shape (..., block columns, block rows)."""
+    return _cut(kept, height, width).any((-2, -1))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -142,10 +186,11 @@ def _gather(matrix, kept, height: int, width: int, size: int) -> tuple[jax.Array
 
 
 def _cut(matrix: jax.Array, height: int, width: int) -> jax.Array:
-    """The blocks of a matrix, shape (block columns, block rows, height, width), padded with 0."""
-    matrix = jnp.pad(matrix, [(0, -n % size) for n, size in zip(matrix.shape, (height, width), strict=True)])
-    rows, columns = matrix.shape
-    return matrix.reshape(rows // height, height, columns // width, width).transpose(2, 0, 1, 3)
+    """The blocks of each matrix, shape (..., block columns, block rows, height, width), padded with 0."""
+    *lead, rows, columns = matrix.shape
+    matrix = jnp.pad(matrix, [(0, 0) for _ in lead] + [(0, -rows % height), (0, -columns % width)])
+    blocks = matrix.reshape(*lead, -(-rows // height), height, -(-columns // width), width)
+    return jnp.moveaxis(blocks, -2, -4)
 
 
 def _block(block) -> tuple[int, int]:

@@ -65,7 +65,7 @@ def to_csr(w: jax.Array, mask: jax.Array | None = None, *, nse: int | None = Non
 
 def _entries(w, mask, nse: int | None, axes: Axes | None) -> tuple[jax.Array, jax.Array, jax.Array, tuple[int, ...]]:
     """(values, rows, columns, shape of the matrix); entries are in order of rows, then of columns."""
-    matrix, kept = kept_matrix(w, mask, axes)
+    matrix, kept, _ = kept_matrix(w, mask, axes)
     if matrix.ndim > 2:
         raise ValueError(f"w has batch axes or groups: export it under jax.vmap, with nse, got {axes}")
     data, rows, columns = _gather(matrix, kept, capacity("nse", kept, nse))

@@ -1,18 +1,24 @@
-"""What the storage formats share: which entries are kept, how many, and what happens if they do not fit."""
+"""What the storage formats share: which entries are kept, how many, what happens if they do not fit, and transposes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxweights.core.axes import Axes, axes_or_default
+from jaxweights.core.axes import Axes, Reading
 from jaxweights.core.checks import check_integer, check_weight
+from jaxweights.core.layer import Layer, transpose
 
 
-def kept_matrix(w, mask, axes: Axes | None) -> tuple[jax.Array, jax.Array]:
-    """(w, mask) as matrices, or an error. Without a mask, the entries that are not 0 are kept."""
+def kept_matrix(w, mask, axes: Axes | None) -> tuple[jax.Array, jax.Array, Layer]:
+    """(w as matrices, the mask as matrices, the layer of w), or an error. Without a mask, what is not 0 is kept.
+
+    The batch axes lead, in the order that they have in `w`.
+    """
     w = check_weight(w)
     if mask is None:
         mask = w != 0
@@ -21,19 +27,32 @@ def kept_matrix(w, mask, axes: Axes | None) -> tuple[jax.Array, jax.Array]:
         raise TypeError(f"mask must be a boolean array or None, got {kind}: compare it with a number")
     if mask.shape != w.shape:
         raise ValueError(f"mask must have the shape {w.shape} of w, got {mask.shape}: one entry per weight")
-    axes = axes_or_default(axes, w.ndim)
-    return axes.matrix(w), axes.matrix(mask)
+    layer = Layer.of(axes, w.shape)
+    _, ordered = layer.with_batch([w.shape[a] for a in sorted(Reading.of(axes, w.shape).batch)])
+    return ordered.matrix(w), ordered.matrix(mask), layer
+
+
+def transposed_layer(
+    axes: Axes, shape: Sequence[int], permutation: Sequence[int]
+) -> tuple[Layer, Sequence[int]] | None:
+    """(layer, order of the batch axes) of a weight with its axes permuted; None where its rows would change places."""
+    r = Reading.of(axes, shape)
+    batch, rows = ([list(permutation).index(a) for a in which] for which in (sorted(r.batch), r.contracted))
+    if rows != sorted(rows):
+        return None
+    layer = Layer.of(transpose(axes, shape, permutation), [shape[a] for a in permutation])
+    return layer, sorted(range(len(batch)), key=batch.__getitem__)
 
 
 def capacity(name: str, kept: jax.Array, given: int | None) -> int:
-    """The number of entries to allocate: the number of true entries of `kept`, or `given` if it is large enough."""
+    """How many entries to allocate for a matrix: `given` if they are enough, by default as many as `kept` has."""
     if given is not None:
         check_integer(name, given, 0)
     if isinstance(kept, Tracer):
         if given is None:
             raise ValueError(f"{name} must be given under jit, where the mask has no value yet")
         return given
-    found = int(np.count_nonzero(kept))
+    found = int(np.count_nonzero(kept, (-2, -1)).max(initial=0))
     if given is not None and found > given:
         raise ValueError(f"{name} must be at least {found}, the number that the mask keeps, got {given}")
     return found if given is None else given

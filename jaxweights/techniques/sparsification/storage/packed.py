@@ -5,46 +5,55 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxweights.core.axes import Axes, axes_or_default
+from jaxweights.core.axes import Axes, Reading
 from jaxweights.core.checks import check_integer, check_weight
+from jaxweights.core.layer import Layer, same_matrices
 from jaxweights.core.stored import nbytes, product
-from jaxweights.techniques.sparsification.storage.kept import kept_matrix, nan_unless
+from jaxweights.techniques.sparsification.storage.kept import kept_matrix, nan_unless, transposed_layer
 
 _TILE = 32  # bytes of codes per column; the product of one row is slower on a CPU with 8 and with 128
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "codes"], meta_fields=["n", "m", "shape", "axes"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "codes"], meta_fields=["n", "m", "layer"])
 @dataclasses.dataclass(frozen=True)
 class PackedArray:
-    """A weight in N:M storage: `n` of every `m` entries along the input. A pytree node.
+    """A weight in N:M storage: `n` of every `m` entries along the input. A pytree node, one leaf to every level.
 
     The weight, read as a matrix of K rows, is cut into groups of `m` consecutive rows. For each group and column, `n`
     values are stored in order, each with its position in the group: 1 bit for m = 2, 2 bits for m <= 4, 4 bits for
-    m <= 16.
+    m <= 16. Batch axes lead: `scan` and `vmap` over a stack see one layer at a time.
 
     Attributes:
-      values: float array (..., K·n/m, columns).
-      codes: uint8 array (..., bytes, columns), the positions of consecutive values, the first in the lowest bits.
+      values: float array (*batch, [groups,] K·n/m, columns).
+      codes: uint8 array (*batch, [groups,] bytes, columns), the positions of consecutive values, the first in the
+        lowest bits.
       n: number of values stored per group.
       m: length of a group.
-      shape: shape of the weight.
-      axes: how it is read as a matrix.
+      layer: the shape of one layer, and how it is read as a matrix.
     """
 
     values: jax.Array
     codes: jax.Array
     n: int
     m: int
-    shape: tuple[int, ...]
-    axes: Axes | None = None
+    layer: Layer
     __array_ufunc__ = None  # an array of NumPy leaves x @ w to __rmatmul__
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.layer.with_batch(self._batch)[0]
+
+    @property
+    def axes(self) -> Axes:
+        """How the weight is read as a matrix."""
+        return self.layer.with_batch(self._batch)[1]
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -66,7 +75,42 @@ class PackedArray:
             groups = jnp.where(codes[..., i, None, :] == positions, values[..., i, None, :], groups)
         *batch, kept, columns = self.values.shape
         matrix = groups.reshape(*batch, kept // self.n * self.m, columns)
-        return axes_or_default(self.axes, len(self.shape)).weight(matrix, self.shape)
+        return self.axes.weight(matrix, self.shape)
+
+    def transpose(self, permutation: Sequence[int]) -> PackedArray | None:
+        """The weight with its axes in this order. None where its rows would change places."""
+        transposed = transposed_layer(self.axes, self.shape, permutation)
+        if transposed is None:
+            return None
+        layer, order = transposed
+        values, codes = (a.transpose(*order, *range(len(order), a.ndim)) for a in (self.values, self.codes))
+        return dataclasses.replace(self, values=values, codes=codes, layer=layer)
+
+    def astype(self, dtype: jnp.dtype) -> PackedArray:
+        """The weight in another floating dtype."""
+        return dataclasses.replace(self, values=self.values.astype(dtype))
+
+    def read_as(self, axes: Axes) -> PackedArray | None:
+        """The same weight if it is stored as these matrices, else None."""
+        return self if same_matrices(axes, self.axes, self.shape) else None
+
+    def take(self, index: jax.Array) -> jax.Array | None:
+        """w[index] for an array of integers in bounds, if the first axis numbers rows or columns, else None."""
+        r, i, rest = Reading.of(self.axes, self.shape), index.reshape(-1), self.shape[1:]
+        if r.batch or r.groups > 1 or (0,) not in (r.contracted, r.output):
+            return None
+        if r.output == (0,):
+            layer = Layer.of(self.axes, (len(i), *rest))
+            columns = PackedArray(self.values[:, i], self.codes[:, i], self.n, self.m, layer)
+            return columns.todense().reshape(*index.shape, *rest)
+        rows = jnp.zeros((), self.dtype)
+        for slot in range(self.n):
+            stored = i // self.m * self.n + slot
+            shift = _bits(self.m) * (stored % self._per_byte)
+            codes = self.codes[stored // self._per_byte] >> shift.astype(jnp.uint8)[:, None]
+            here = codes & jnp.uint8(2 ** _bits(self.m) - 1) == (i % self.m).astype(jnp.uint8)[:, None]
+            rows = jnp.where(here, self.values[stored], rows)
+        return self.axes.weight(rows, (len(i), *rest)).reshape(*index.shape, *rest)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """Returns x @ w. A single row is multiplied by the packed weight, several rows by the unpacked one."""
@@ -76,8 +120,7 @@ class PackedArray:
     def _times(self, x: jax.Array) -> jax.Array:
         if len(x) == 1:
             return self._times_row(x[0])[None]
-        axes = axes_or_default(self.axes, len(self.shape))
-        return jnp.matmul(x, axes.matrix(self.todense()).astype(x.dtype), precision="highest")
+        return jnp.matmul(x, self.axes.matrix(self.todense()).astype(x.dtype), precision="highest")
 
     def _times_row(self, x: jax.Array) -> jax.Array:
         """y = Σ values·x[position], tile by tile."""
@@ -98,6 +141,10 @@ class PackedArray:
         zero = jnp.zeros(self.values.shape[-1], x.dtype)
         y, _ = jax.lax.scan(add_tile, zero, (tiles_of(x), tiles_of(self.values), tiles_of(self.codes)))
         return y
+
+    @property
+    def _batch(self) -> tuple[int, ...]:
+        return self.values.shape[: -3 if self.layer.axes.groups > 1 else -2]
 
     @property
     def _per_byte(self) -> int:
@@ -131,7 +178,8 @@ def pack(
       mask: boolean array of the shape of `w`, true where a weight is kept; by default where `w` is not 0.
       sparsity: (n, m), the number of values stored per group and the length of a group.
       axes: how `w` is read as a matrix; (..., in, out) by default. Groups run along its rows: (window, in) for a
-        convolution kernel, (heads, head_dim) for the out-projection of attention.
+        convolution kernel, (heads, head_dim) for the out-projection of attention. A stack of layers needs its batch
+        axes, as in `Axes(batch=0)`, to be sliced by `scan` and `vmap`.
 
     Returns:
       A `PackedArray`. Its `todense()` is `where(mask, w, 0)` bit for bit. Without a mask, -0.0 counts as 0 and NaN is
@@ -151,19 +199,25 @@ def pack(
 
     References: Mishra et al., Accelerating Sparse Deep Neural Networks, arXiv:2104.08378, 2021.
     """
-    if not isinstance(sparsity, tuple) or len(sparsity) != 2:
-        raise TypeError(f"sparsity must be (n, m), got {sparsity!r}: write (2, 4) for 2:4")
+    check_packing(sparsity)
     n, m = sparsity
-    check_integer("the m of sparsity=(n, m)", m, 2, 16)
-    check_integer("the n of sparsity=(n, m)", n, 1, m - 1)
-    matrix, kept = kept_matrix(w, mask, axes)
+    matrix, kept, layer = kept_matrix(w, mask, axes)
     rows = matrix.shape[-2]
     if rows % m:
         raise ValueError(f"the {rows} inputs of w {jnp.shape(w)} are not a multiple of m={m}: pad w, or choose axes")
     values, codes, most = _pack(matrix, kept, n, m)
     if not isinstance(most, Tracer) and most > n:
         raise ValueError(f"w does not fit {n}:{m}: a group of {m} inputs keeps {most}. Prune it to {n}:{m} first")
-    return PackedArray(values, codes, n, m, jnp.shape(w), axes)
+    return PackedArray(values, codes, n, m, layer)
+
+
+def check_packing(sparsity) -> None:
+    """Raises unless `sparsity` is an (n, m) that can be packed."""
+    if not isinstance(sparsity, tuple) or len(sparsity) != 2:
+        raise TypeError(f"sparsity must be (n, m), got {sparsity!r}: write (2, 4) for 2:4")
+    n, m = sparsity
+    check_integer("the m of sparsity=(n, m)", m, 2, 16)
+    check_integer("the n of sparsity=(n, m)", n, 1, m - 1)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
