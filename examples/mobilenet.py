@@ -174,11 +174,11 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     n, rounds = (3, 1) if args.quick else (args.crops, args.rounds)
 
     variables = pretrained()
-    layers = {f"{name}/norm": f"{name}/conv" for name in torch_names()}
-    folded = jax.jit(lambda v: jw.fold_batch_norms(v["params"], v["batch_stats"], layers))(variables)
-
     images = {name: crops(load_sample_image(name), n) for name in ("china.jpg", "flower.jpg")}
     batch = jnp.concatenate(list(images.values()))
+    folds = jw.linen.norm_folds(MobileNetV2(), variables, batch)
+    folded = jax.jit(lambda v: jw.fold_batch_norms(v["params"], v["batch_stats"], folds))(variables)
+
     original, plain = jax.jit(MobileNetV2().apply), jax.jit(MobileNetV2(norm=False).apply)
     run = lambda: original(variables, batch), lambda: plain({"params": folded}, batch)
     logits, new = (np.asarray(f()) for f in run)

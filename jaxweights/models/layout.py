@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxweights.core.axes import Axes
 from jaxweights.core.convolution import Convolution
@@ -18,6 +17,7 @@ from jaxweights.levels.paths import flatten
 from jaxweights.models.layout_table import layout_table
 from jaxweights.models.summary_table import printed
 from jaxweights.programs.layout.read import read
+from jaxweights.programs.trace import is_array, trace
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -142,29 +142,17 @@ def layout_with_state(
         raise TypeError(f"f must be a function (params, *args), got {type(f).__name__}: wrap the model in one")
     tree = flatten(params)
     dense = [jax.ShapeDtypeStruct(w.shape, w.dtype) if is_stored(w) else w for w in tree.leaves]
-    leaves, treedef = jax.tree.flatten((dense, state, (args, kwargs)))
-    n_params = len(tree.leaves)
-    n_state = n_params + len(jax.tree.leaves(state))
-    arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)]
-
-    def run(*given: Any) -> Any:
-        new = list(leaves)
-        for i, value in zip(arrays, given, strict=True):
-            new[i] = value
-        weights, state, (args, kwargs) = treedef.unflatten(new)
-        outs = f(tree.treedef.unflatten(weights), *(() if state is None else (state,)), *args, **kwargs)
-        return [leaf for leaf in jax.tree.leaves(outs) if isinstance(leaf, jax.Array | np.ndarray)]
-
-    def is_weight(i: int) -> bool:
-        return i < n_params and jnp.issubdtype(leaves[i].dtype, jnp.floating)
-
-    program = jax.make_jaxpr(run)(*(leaves[i] for i in arrays))
-    weights = {place: i for place, i in enumerate(arrays) if is_weight(i)}
+    weights = {i: w for i, w in enumerate(filter(is_array, dense)) if jnp.issubdtype(w.dtype, jnp.floating)}
     if not weights:
         raise ValueError(f"params has no floating-point array, got {type(params).__name__}: pass the tree of weights")
-    data = [place for place, i in enumerate(arrays) if i >= n_state and not _is_key(leaves[i])]
-    uses = read(program, {place: tree.paths[i] for place, i in weights.items()}, data)
-    shapes = {tree.paths[i]: tuple(leaves[i].shape) for i in weights.values()}
+    paths = [path for path, w in zip(tree.paths, dense, strict=True) if is_array(w)]
+    given = (tree.treedef.unflatten(dense), *(() if state is None else (state,)))
+    program = trace(f, (*given, *args), kwargs)
+    arguments = [leaf for leaf in jax.tree.leaves((*given, *args, dict(kwargs))) if is_array(leaf)]
+    n_given = sum(map(is_array, jax.tree.leaves(given)))
+    data = [i for i in range(n_given, len(arguments)) if not _is_key(arguments[i])]
+    uses = read(program, {i: paths[i] for i in weights}, data)
+    shapes = {paths[i]: tuple(w.shape) for i, w in weights.items()}
     return Layout(tuple(Weight(path, shapes[path], use.axes, use.why, use.convolution) for path, use in uses.items()))
 
 

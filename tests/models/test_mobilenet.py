@@ -6,8 +6,12 @@ import pickle
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import jaxweights as jw
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -108,6 +112,16 @@ def test_other_files_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="no legacy torch checkpoint"):
             torch_pickle.load(tmp_path / name)
+
+
+def test_every_norm_is_found_behind_its_convolution():
+    import mobilenet_v2
+
+    model, x = mobilenet_v2.MobileNetV2(), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    folds = jw.linen.norm_folds(model, jax.eval_shape(model.init, jax.random.key(0), x), x)
+    pairs = {f"{name}/norm": f"{name}/conv" for name in mobilenet_v2.torch_names()}
+    assert {norm: fold.layer for norm, fold in folds.items()} == pairs
+    assert {(fold.follows, fold.eps) for fold in folds.values()} == {(False, 1e-5)}
 
 
 @pytest.mark.slow

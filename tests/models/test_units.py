@@ -57,6 +57,41 @@ class ResNet(nn.Module):
         return nn.Dense(3, name="head")(x)
 
 
+def gate(p, x):
+    return jax.nn.sigmoid(x @ p["gate"]) * (x @ p["a"])
+
+
+def where(p, x):
+    return jnp.where(x[:, :1] > 0, (x @ p["a"]) * p["row"], p["row"])
+
+
+def clip(p, x):
+    return jnp.clip(x @ p["a"], -p["column"], p["column"])
+
+
+def outer(p, x):
+    return ((x @ p["a"])[:, None, :] * x[:, :, None]).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "also"),
+    [(gate, set()), (where, {("row", 1, 1, False)}), (clip, set()), (outer, set())],
+)
+def test_an_axis_of_size_1_broadcasts_against_the_units(hidden, also):
+    shapes = {"a": (4, 3), "gate": (4, 1), "row": (1, 3), "column": (8, 1), "b": (3, 2)}
+    params = random({name: jnp.zeros(s) for name, s in shapes.items()})
+    x = jax.random.normal(KEY, (8, 4))
+
+    def f(p, x):
+        return hidden(p, x) @ p["b"]
+
+    (group,) = jw.units.unit_groups(f, params, x)
+    assert slots(group) == {("a", 1, 1, False), ("b", 0, 1, True)} | also
+    keep = {group: halves(group)}
+    small, masked = jw.units.remove_units(params, keep), jw.units.mask_units(params, keep)
+    np.testing.assert_allclose(f(small, x), f(masked, x), rtol=1e-5, atol=1e-6)
+
+
 X = jax.random.normal(KEY, (2, 8, 8, 3))
 residual = functools.cache(lambda: found(ResNet(), X))
 

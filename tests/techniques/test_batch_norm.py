@@ -163,6 +163,21 @@ def test_fold_of_a_transposed_convolution():
     np.testing.assert_allclose(shift, -mean * factor, rtol=1e-5)
 
 
+@pytest.mark.parametrize("axes", [jw.Axes(-2, -1, batch=0), jw.Axes(-1, -2, batch=0)])
+def test_fold_into_a_stack_of_layers_after_it(axes):
+    kernel, bias, x = normal(2, 4, 3), normal(2, 3, seed=5), normal(2, 7, 4)
+    mean, offset, scale = (normal(2, 4, seed=s) for s in (1, 2, 3))
+    var = np.exp(normal(2, 4, seed=4))
+    arrays = {"mean": mean, "var": var, "scale": scale, "offset": offset, "bias": bias}
+    stored = kernel if axes.output == (-1,) else kernel.transpose(0, 2, 1)
+    folded, shift = jw.fold_batch_norm(
+        jnp.float32(stored), **{k: jnp.float32(v) for k, v in arrays.items()}, eps=0.1, axes=axes, follows=True
+    )
+    normed = (x - mean[:, None]) / np.sqrt(var[:, None] + 0.1) * scale[:, None] + offset[:, None]
+    found = x @ np.asarray(axes.matrix(folded), np.float64) + np.float64(shift)[:, None]
+    np.testing.assert_allclose(found, normed @ kernel + bias[:, None], rtol=1e-4, atol=1e-5)
+
+
 def test_fold_of_a_dead_channel_is_finite():
     zero = jnp.zeros(2)
     for eps in (1e-5, 0.0):

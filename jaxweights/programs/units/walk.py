@@ -33,12 +33,15 @@ AxesRule = Callable[["UnitWalk", core.JaxprEqn, list[Traced]], Sequence[Factors]
 """(walk, equation, operands) -> the axes of the result, or None where they cannot be followed."""
 
 
-def _elementwise(walk: UnitWalk, eqn: core.JaxprEqn, ins: list[Traced]) -> tuple[Factors, ...]:
-    arrays = [v.axes for v in ins if v.axes]
-    for axes in arrays[1:]:
-        for a, b in zip(arrays[0], axes, strict=True):
-            walk.dims.equate(a, b)
-    return arrays[0] if arrays else ()
+def _elementwise(walk: UnitWalk, eqn: core.JaxprEqn, ins: list[Traced]) -> list[Factors]:
+    """Axes that meet are the same; one of size 1, which has no factors, broadcasts against the others."""
+    out: list[Factors] = []
+    for meeting in zip(*(v.axes for v in ins if v.axes), strict=True):
+        full = [axis for axis in meeting if axis]
+        for axis in full[1:]:
+            walk.dims.equate(full[0], axis)
+        out.append(full[0] if full else ())
+    return out
 
 
 def _broadcast(walk: UnitWalk, eqn: core.JaxprEqn, ins: list[Traced]) -> list[Factors]:
