@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Result]:
 def show(console: Console, results: dict[str, Result], options: argparse.Namespace) -> None:
     last = jax.tree.map(lambda a: a[-1, 0], results["RigL"].params)
     console.print(f"A network trained by RigL at {options.sparsity[-1]:.0%} zeros:")
-    console.print(jw.summarize(last, KERNELS, axes={"conv1/kernel": jw.axes.CONV}))
+    console.print(jw.summarize(last, KERNELS))
     title = f"test accuracy on {options.data}, {options.seeds} seeds, {options.steps} steps"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("zeros in the kernels", no_wrap=True)

@@ -12,8 +12,8 @@ from jaxweights.core.axes import (
     dense_general,
     depthwise,
     fans,
-    infer_axes,
 )
+from jaxweights.core.inference import infer_axes
 
 __all__ = [
     "ATTENTION_IN",

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxweights.core.checks import check_integer, check_shape
 
@@ -156,6 +154,18 @@ class Reading:
                 )
         return cls(**named, groups=axes.groups)
 
+    def squeezed(self, shape: Sequence[int]) -> Reading:
+        """The reading of a weight of this shape without its axes of size 1, whose roles make no difference."""
+        contracted, output, batch = (
+            tuple(a for a in of if shape[a] > 1) for of in (self.contracted, self.output, self.batch)
+        )
+        return Reading(contracted, output, batch, (), self.groups)
+
+    def same_matrices(self, other: Reading) -> bool:
+        """Whether both read a weight as the same matrices, or as their transposes."""
+        sides = [{r.contracted, r.output} for r in (self, other)]
+        return sides[0] == sides[1] and (self.batch, self.groups) == (other.batch, other.groups)
+
     def spread(self, units: jax.Array) -> jax.Array:
         """Moves the axes of values of shape (*batch, *output) to their places in the weight, ready to multiply it."""
         numbered = (*self.batch, *self.output)
@@ -242,67 +252,16 @@ def depthwise(groups: int) -> Axes:
     return Axes(input=-2, output=-1, groups=groups)
 
 
-def infer_axes(weights: Mapping[str, Any]) -> dict[str, Axes]:
-    """The axes of Flax kernels, by path, inferred from the weights beside them.
+def in_words(axes: Axes | None, shape: Sequence[int]) -> str:
+    """The role of each axis of a weight, in their order.
 
-    A kernel's own shape does not tell a convolution from a stack of dense layers or from attention. The weights beside
-    it do:
-
-    - `query`, `key`, `value` and `out` side by side are multi-head attention;
-    - a bias of shape (layers, out) beside a kernel (layers, in, out) is a stack (`nn.scan`, `nnx.vmap`);
-    - a bias of shape (heads, head_dim) beside a kernel (features, heads, head_dim) is a `DenseGeneral`.
-
-    A path is left out if no reading follows, or more than one: its weight has the default reading, (..., in, out).
-
-    Args:
-      weights: {path: shape}, or a dict of arrays, nested or not, such as the parameters of a Flax model.
-
-    Returns:
-      {path: Axes}.
-
-    Raises:
-      TypeError: `weights` is not a dict, or something in it is neither an array nor a shape.
-
-    >>> stack = {"dense": {"kernel": jnp.ones((12, 256, 512)), "bias": jnp.ones((12, 512))}}
-    >>> infer_axes(stack)["dense/kernel"].batch
-    (0,)
+    >>> in_words(Axes(input=0, output=(1, 2)), (64, 4, 16)), in_words(Axes(-2, -1, groups=8), (3, 3, 1, 8))
+    ('in out out', 'win win in out, 8 groups')
     """
-    shapes = _shapes(weights)
-    found: dict[str, Axes] = {}
-    for path, shape in shapes.items():
-        parent, _, leaf = path.rpartition("/")
-        if leaf != "kernel" or len(shape) < 3:
-            continue
-        above, _, name = parent.rpartition("/")
-        prefix = above + "/" if above else ""
-        role = {"query": ATTENTION_IN, "key": ATTENTION_IN, "value": ATTENTION_IN, "out": ATTENTION_OUT}.get(name)
-        if role and all(f"{prefix}{s}/kernel" in shapes for s in ("query", "key", "value", "out")):
-            found[path] = dataclasses.replace(role, batch=tuple(range(len(shape) - 3)))
-            continue
-        bias = shapes.get(parent + "/bias" if parent else "bias")
-        if bias is None or len(bias) < 2 or len(bias) >= len(shape):
-            continue
-        # The bias is (*batch, *out): every way to cut it that fits the kernel (*batch, ..., *out) is a reading.
-        cuts = [b for b in range(len(bias)) if shape[:b] == bias[:b] and shape[b - len(bias) :] == bias[b:]]
-        if len(cuts) == 1:
-            n_batch, n_out = cuts[0], len(bias) - cuts[0]
-            stack = Axes(input=-2, output=-1, batch=tuple(range(n_batch)))
-            found[path] = stack if n_out == 1 else dense_general(len(shape) - len(bias), n_out, n_batch)
-    return found
-
-
-def _shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the arrays and shapes in a nested dict, without None."""
-    if not isinstance(weights, Mapping):
-        raise TypeError(f"weights must be a dict of arrays, got {type(weights).__name__}: pass {{path: shape}}")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, value in weights.items():
-        if isinstance(value, Mapping):
-            shapes |= {f"{name}/{path}": shape for path, shape in _shapes(value).items()}
-        elif value is not None:
-            shape = getattr(value, "shape", value)
-            if not isinstance(shape, tuple | list) or not all(isinstance(n, int | np.integer) for n in shape):
-                got = f"{type(value).__name__} at {name!r}"
-                raise TypeError(f"weights must hold arrays, shapes or dicts of them, got {got}: pass {{path: shape}}")
-            shapes[str(name)] = tuple(shape)
-    return shapes
+    if axes is None:
+        return ""
+    r = Reading.of(axes, shape)
+    roles = {"in": r.input, "out": r.output, "batch": r.batch, "win": r.window}
+    of = {a: name for name, which in roles.items() for a in which}
+    groups = f", {r.groups} groups" if r.groups > 1 else ""
+    return " ".join(of[a] for a in range(len(shape))) + groups

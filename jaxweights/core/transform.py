@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from jaxweights.core.axes import Axes
+from jaxweights.core.axes import Axes, Reading
 from jaxweights.core.checks import check_exact, check_scalar, check_state, is_floating
 from jaxweights.core.convolution import Convolution
 from jaxweights.core.tracing import is_hashable
@@ -45,6 +45,9 @@ class Transform:
       in the state under the field's name. `update` sets it, the first time for step 0; `value` reads it.
     - `takes_axes`: whether its field `axes` says how a weight is read. A tree fills in an `axes` of None with what it
       knows of the weight.
+    - `unitwise`: whether the result for one output unit depends on its own weights alone, so that output and batch axes
+      are alike to it.
+    - `transposable`: whether a matrix and its transpose come out alike, as they do where singular values decide.
 
     See `jaxweights.JointTransform` for transforms that must see several weights at once.
     """
@@ -52,6 +55,8 @@ class Transform:
     learned: ClassVar[frozenset[str]] = frozenset()
     scheduled: ClassVar[frozenset[str]] = frozenset()
     takes_axes: ClassVar[bool] = False
+    unitwise: ClassVar[bool] = False
+    transposable: ClassVar[bool] = False
 
     def init(self, w: jax.Array, key: jax.Array) -> State:
         """Makes the state for the weight `w`, from a `jax.random` key if it draws."""
@@ -81,6 +86,16 @@ class Transform:
         if self.takes_axes and getattr(self, "axes") is None:  # noqa: B009, a declared field of the subclass
             return dataclasses.replace(self, axes=axes)  # type: ignore[call-arg]
         return self
+
+    def tells_apart(self, a: Reading, b: Reading) -> bool:
+        """Whether a weight comes out otherwise where its `axes` are filled in with one reading than with the other."""
+        if self.with_axes(Axes()) is self:
+            return False
+        if self.unitwise:
+            return a.contracted != b.contracted
+        if self.transposable:
+            return not a.same_matrices(b)
+        return a != b
 
     def with_convolution(self, convolution: Convolution) -> Transform:
         """Returns this spec for the layer with this geometry. Most transforms depend on the weight alone."""

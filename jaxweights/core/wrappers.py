@@ -32,6 +32,10 @@ class Wrapper(JointTransform):
         """The parts by the names under which their states are kept."""
         raise TypeError(f"{type(self).__name__} defines no parts")
 
+    def tells_apart(self, a, b):
+        """Returns whether a part does."""
+        return any(t.tells_apart(a, b) for t in self.parts.values())
+
     @property
     def joint(self) -> bool:
         """Whether a part is."""

@@ -42,17 +42,13 @@ class FlatTree(NamedTuple):
         return self.treedef.unflatten(new.get(p, leaf) for p, leaf in zip(self.paths, self.leaves, strict=True))
 
 
-def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> FlatTree:
+def flatten(tree: Any) -> FlatTree:
     """Flattens any pytree, down to its arrays and stored weights.
 
     A path joins dictionary keys, indices and attribute names with "/". The array inside a Flax variable or box has the
     path of the variable: the last ".value" is left out.
     """
-
-    def ends(node: Any) -> bool:
-        return is_stored(node) or (is_leaf is not None and is_leaf(node))
-
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, ends)
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_stored)
     return FlatTree([_join(keys) for keys, _ in keyed], [leaf for _, leaf in keyed], treedef)
 
 

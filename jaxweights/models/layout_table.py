@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.axes import in_words
 from jaxweights.models.summary_table import shortened
 
 if TYPE_CHECKING:
@@ -42,21 +42,6 @@ def _table(layout: Layout, paths: Sequence[str]) -> Table:
     for path, w in zip(paths, layout.weights, strict=True):
         table.add_row(path, "×".join(map(str, w.shape)), in_words(w.axes, w.shape), _techniques(w), w.why)
     return table
-
-
-def in_words(axes: Axes | None, shape: Sequence[int]) -> str:
-    """The role of each axis of a weight, in their order.
-
-    >>> in_words(Axes(input=0, output=(1, 2)), (64, 4, 16)), in_words(Axes(-2, -1, groups=8), (3, 3, 1, 8))
-    ('in out out', 'win win in out, 8 groups')
-    """
-    if axes is None:
-        return ""
-    r = Reading.of(axes, shape)
-    roles = {"in": r.input, "out": r.output, "batch": r.batch, "win": r.window}
-    of = {a: name for name, which in roles.items() for a in which}
-    groups = f", {r.groups} groups" if r.groups > 1 else ""
-    return " ".join(of[a] for a in range(len(shape))) + groups
 
 
 def _techniques(w: Weight) -> str:

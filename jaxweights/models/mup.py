@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxweights.core.axes import Axes, infer_axes
+from jaxweights.core.axes import Axes
 from jaxweights.core.checks import naming
+from jaxweights.core.inference import infer_axes
 from jaxweights.levels.paths import check_layout, check_params, check_structure, flatten, is_weight, select
 from jaxweights.techniques.initialization import MupScales, mup
 

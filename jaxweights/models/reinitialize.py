@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxweights.core.axes import Axes, infer_axes
+from jaxweights.core.axes import Axes
+from jaxweights.core.inference import infer_axes
 from jaxweights.levels.paths import check_layout, check_rules, flatten, is_weight, key_of, select
 from jaxweights.techniques.initialization import Initializer
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxweights.core.axes import Axes, Reading, axes_or_default, depthwise, infer_axes
+from jaxweights.core.axes import Axes, Reading, axes_or_default
 from jaxweights.core.checks import naming
-from jaxweights.core.stored import Stored, nbytes
-from jaxweights.levels.paths import Where, flatten, is_weight, select
+from jaxweights.core.guesses import warn
+from jaxweights.core.inference import infer
+from jaxweights.core.stored import is_stored, nbytes
+from jaxweights.levels.paths import Where, check_layout, flatten, is_weight, select
 from jaxweights.models.summary_table import printed, summary_table
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class WeightSummary(NamedTuple):
         largest of all matrices. For a convolution it is that of the kernel as (window·in, out), not of the layer on an
         image: see `conv_spectral_norm`.
       norm: Euclidean norm of all entries.
+      axes: how the weight is read as a matrix; None for a bias, a scale, a token or a position by name or shape.
+      guess: whether another reading fits its name and shape as well.
     """
 
     path: str
@@ -48,6 +51,8 @@ class WeightSummary(NamedTuple):
     values: int
     sigma: float
     norm: float
+    axes: Axes | None = None
+    guess: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,26 +93,27 @@ class Summary:
         return printed(self)
 
 
-def summarize(params: Any, where: Where | None = None, *, axes: Mapping[str, Axes] | None = None) -> Summary:
-    """Summarizes the weights of a tree: bytes, density, pattern, distinct values, σ and norm of each.
+def summarize(params: Any, where: Where | None = None, *, layout: Mapping[str, Axes] | None = None) -> Summary:
+    """Summarizes the weights of a tree: axes, bytes, density, pattern, distinct values, σ and norm of each.
 
     Meant for inspection: it runs on the host, one weight at a time, with a singular value decomposition for σ.
 
     Args:
       params: any pytree of weights: arrays, or stored weights such as a `PackedArray`, a `QuantizedArray` or a BCOO.
       where: the weights to show, as for `on_tree`; by default every floating-point array.
-      axes: {path: Axes} for weights whose axes do not follow from the tree. `jaxweights.capture` reads them off the
-        model: `{path: stats.axes for path, stats in capture(f, params, batches).items()}`.
+      layout: how a program reads the weights, from `jaxweights.layout`, or {path: Axes}. Without it, axes follow from
+        names and shapes, as `jaxweights.describe` says. Those that are a guess are marked with "?".
 
     Returns:
-      A `Summary`: `print` it, pass it to rich, or read its `rows`. Attention kernels and stacks of layers are
-      recognized by the other weights of their module and read as such. A kernel (*window, 1, out) is read as a
-      depthwise convolution, one matrix per output, with a warning: it may be a convolution of one channel too.
+      A `Summary`: `print` it, pass it to rich, or read its `rows`.
 
     Raises:
-      TypeError: `axes` is not a dict.
-      ValueError: `where` selects nothing, the tree has no floating-point array, or `axes` names a path that is not in
+      TypeError: `layout` is not a mapping of `Axes`.
+      ValueError: `where` selects nothing, the tree has no floating-point array, or `layout` names a path that is not in
         the tree or axes that do not fit.
+
+    Warns:
+      AxesWarning: once a weight, if its axes are a guess that σ depends on.
 
     >>> import jax.numpy as jnp
     >>> import jaxweights as jw
@@ -116,58 +122,56 @@ def summarize(params: Any, where: Where | None = None, *, axes: Mapping[str, Axe
     >>> print(row.path, row.form, row.nbytes, row.density, row.pattern, row.values, round(row.sigma, 3))
     dense/kernel PackedArray 18 0.25 1:4 3 5.657
     """
-    summary, guessed = read(params, where, axes)
-    if guessed:
-        more = f" and {len(guessed) - 3} more" if len(guessed) > 3 else ""
-        warnings.warn(
-            f"summarize takes {', '.join(guessed[:3])}{more} for depthwise convolutions by their shapes, which fit "
-            f"convolutions of one channel too: give axes={{path: jaxweights.axes.CONV}}, or depthwise(groups)",
-            stacklevel=2,
-        )
+    check_layout(layout)
+    summary, shapes = read(params, where, layout)
+    warn({row.path: _other_sigma for row in summary.rows if row.guess}, shapes)
     return summary
 
 
-def read(params: Any, where: Where | None, axes: Mapping[str, Axes] | None) -> tuple[Summary, list[str]]:
-    """The summary, and the paths of weights that have been taken for depthwise kernels by their shape alone."""
-    paths, stored, _ = flatten(params, is_leaf=_is_stored)
-    dense = [a.todense() if _is_stored(a) else a for a in stored]
+def read(
+    params: Any, where: Where | None, known: Mapping[str, Axes] | None
+) -> tuple[Summary, dict[str, tuple[int, ...]]]:
+    """The summary, and the shapes of all weights."""
+    paths, stored, _ = flatten(params)
+    dense = [a.todense() if is_stored(a) else a for a in stored]
     shapes = {p: tuple(a.shape) for p, a in zip(paths, dense, strict=True) if is_weight(a)}
     if not shapes:
         raise ValueError(f"params has no floating-point array, got {type(params).__name__}: pass a tree of weights")
-    known = infer_axes(shapes) | {p: a.axes for p, a in zip(paths, stored, strict=True) if getattr(a, "axes", None)}
-    known |= _checked(axes, shapes)
-    guessed = {}
+    known = _fitting(known or {}, shapes)
+    found = infer(shapes)
     rows = []
     for i in select(paths, dense, [(_every_weight, True)], where):
-        path, shape = paths[i], dense[i].shape
-        if path not in known and len(shape) > 2 and shape[-2] == 1 < min(shape[-1], math.prod(shape[:-2])):
-            guessed[path] = depthwise(shape[-1])
-        form = type(stored[i]).__name__ if _is_stored(stored[i]) else str(dense[i].dtype)
-        reading = known.get(path) or guessed.get(path)
-        rows.append(_row(path, np.asarray(dense[i]), form, nbytes(stored[i]), reading))
-    return Summary(tuple(rows)), list(guessed)
+        path = paths[i]
+        axes = known.get(path) or getattr(stored[i], "axes", None)
+        guess = axes is None and bool(found[path].others)
+        form = type(stored[i]).__name__ if is_stored(stored[i]) else str(dense[i].dtype)
+        rows.append(_row(path, np.asarray(dense[i]), form, nbytes(stored[i]), axes or found[path].axes, guess))
+    return Summary(tuple(rows)), shapes
 
 
-def _checked(axes: Mapping[str, Axes] | None, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Axes]:
-    if axes is None:
-        return {}
-    if not isinstance(axes, Mapping):
-        raise TypeError(f"axes must be a dict {{path: Axes}}, got {axes!r}")
-    for path, reading in axes.items():
+def _fitting(known: Mapping[str, Axes], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Axes]:
+    """The readings given. Raises unless they are of weights of the tree and fit them."""
+    for path, reading in known.items():
         if path not in shapes:
-            raise ValueError(f"axes names {path!r}, which is not in the tree. It has: {', '.join(shapes)}")
+            raise ValueError(f"layout names {path!r}, which is not in the tree. It has: {', '.join(shapes)}")
         with naming("summarize", path):
             Reading.of(reading, shapes[path])
-    return axes
+    return known
 
 
-def _row(path: str, w: np.ndarray, form: str, n_bytes: int, axes: Axes | None) -> WeightSummary:
+def _other_sigma(a: Reading, b: Reading) -> bool:
+    """Whether σ depends on which of two readings is right."""
+    return not a.same_matrices(b)
+
+
+def _row(path: str, w: np.ndarray, form: str, n_bytes: int, axes: Axes | None, guess: bool) -> WeightSummary:
     w = w.astype(np.promote_types(w.dtype, np.float32) if w.dtype.kind == "f" else np.float32)
     matrix = np.asarray(axes_or_default(axes, w.ndim).matrix(w))
     sigma = np.linalg.norm(matrix, 2, (-2, -1)).max(initial=0) if w.size and np.isfinite(w).all() else w.sum()
     density = int(np.count_nonzero(w)) / max(w.size, 1)
     values, norm = np.unique(w).size, float(np.linalg.norm(w.astype(np.float64)))
-    return WeightSummary(path, w.shape, form, n_bytes, density, _pattern(matrix != 0), values, float(sigma), norm)
+    pattern = _pattern(matrix != 0)
+    return WeightSummary(path, w.shape, form, n_bytes, density, pattern, values, float(sigma), norm, axes, guess)
 
 
 def _pattern(kept: np.ndarray) -> str | None:
@@ -186,7 +190,3 @@ def _pattern(kept: np.ndarray) -> str | None:
 
 def _every_weight(path: str, w: Any) -> bool:
     return True
-
-
-def _is_stored(leaf: Any) -> bool:
-    return isinstance(leaf, Stored)

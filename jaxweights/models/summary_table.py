@@ -7,24 +7,30 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxweights.core.axes import in_words
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
-    from jaxweights.models.summary import Summary
+    from jaxweights.models.summary import Summary, WeightSummary
 
 
 def summary_table(summary: Summary, console: Console, options: ConsoleOptions) -> Table:
-    """The table. Where it is too wide, the paths get shorter, and the numbers stay whole."""
+    """The table. Where it is too wide, the paths get shorter, then the axes, and the numbers stay whole."""
     from rich.measure import Measurement  # a dependency of Flax, imported only to show a table
 
     paths = [r.path for r in summary.rows]
-    without = Measurement.get(console, options.update(max_width=1000), _table(summary, [""] * len(paths))).maximum
-    heading = max(len("weight"), len(_size(summary)))
-    return _table(summary, shortened(paths, max(options.max_width - without + heading, heading)))
+    wide, heading = options.update(max_width=1000), max(len("weight"), len(_size(summary)))
+    for initials in (False, True):
+        without = Measurement.get(console, wide, _table(summary, [""] * len(paths), initials)).maximum
+        short = shortened(paths, max(options.max_width - without + heading, heading))
+        if len(set(short)) == len(paths):
+            break
+    return _table(summary, short, initials)
 
 
-def _table(summary: Summary, paths: Sequence[str]) -> Table:
+def _table(summary: Summary, paths: Sequence[str], initials: bool) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -42,13 +48,22 @@ def _table(summary: Summary, paths: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_footer=True, padding=0)
     table.add_column("weight", _size(summary), no_wrap=True)
     table.add_column("shape", no_wrap=True)
+    table.add_column("axes", no_wrap=True)
     table.add_column("form", no_wrap=True)
     for heading, (footer, _) in columns.items():
         table.add_column(heading, footer, justify="right", no_wrap=True)
     numbers = zip(*(cells for _, cells in columns.values()), strict=True)
     for path, row, cells in zip(paths, rows, numbers, strict=True):
-        table.add_row(path, "×".join(map(str, row.shape)), row.form, *cells)
+        table.add_row(path, "×".join(map(str, row.shape)), _axes(row, initials), row.form, *cells)
     return table
+
+
+def _axes(row: WeightSummary, initials: bool) -> str:
+    """The role of each axis, or its initial: i, o, b(atch), w(indow). A guess ends in a question mark."""
+    roles, *groups = in_words(row.axes, row.shape).split(", ")
+    if initials:
+        roles = " ".join(role[0] for role in roles.split())
+    return ", ".join([roles, *groups]) + ("?" if row.guess else "")
 
 
 def _size(summary: Summary) -> str:

@@ -73,17 +73,18 @@ def test_a_depthwise_kernel_has_the_sigma_of_its_block_diagonal_matrix():
     expected = np.linalg.norm(dense.reshape(9 * 24, 24), 2)
     whole = np.linalg.norm(np.float64(kernel).reshape(9, 24), 2)
     assert whole > 1.3 * expected
-    tree = {"depthwise": {"kernel": jnp.asarray(kernel)}, "dense": {"kernel": jnp.ones((1, 4))}}
-    with pytest.warns(UserWarning, match=r"takes depthwise/kernel for .* give axes=\{path"):
+    tree = {"depthwise": {"kernel": jnp.asarray(kernel)}, "unnamed": {"kernel": jnp.asarray(kernel)}}
+    with pytest.warns(jw.AxesWarning, match=r"'unnamed/kernel' \(3, 3, 1, 24\) are a guess") as told:
         rows = jw.summarize(tree).rows
-    assert {r.path: r.sigma for r in rows} == {"depthwise/kernel": pytest.approx(expected), "dense/kernel": 2}
+    assert len(told) == 1 and [r.guess for r in rows] == [False, True]
+    assert [r.sigma for r in rows] == [pytest.approx(expected), pytest.approx(whole)]
     for axes, sigma in ((jw.axes.depthwise(24), expected), (jw.axes.CONV, whole)):
-        (row,) = jw.summarize(tree, "depthwise/*", axes={"depthwise/kernel": axes}).rows
-        assert row.sigma == pytest.approx(sigma)
+        (row,) = jw.summarize(tree, "unnamed/*", layout={"unnamed/kernel": axes}).rows
+        assert row.sigma == pytest.approx(sigma) and row.axes == axes and not row.guess
 
 
 def test_axes_may_be_those_of_the_program():
-    """What `capture` finds tells a depthwise convolution from one of a single channel."""
+    """What `capture` and `layout` find tells a depthwise convolution from one of a single channel."""
 
     class Model(nn.Module):
         @nn.compact
@@ -94,7 +95,9 @@ def test_axes_may_be_those_of_the_program():
     x = jnp.ones((1, 4, 4, 1))
     params = Model().init(jax.random.key(0), x)
     stats = jw.capture(Model().apply, params, [x], second_moment=False)
-    rows = jw.summarize(params, "**/kernel", axes={path: s.axes for path, s in stats.items()}).rows
+    rows = jw.summarize(params, "**/kernel", layout={path: s.axes for path, s in stats.items()}).rows
+    by_layout = jw.summarize(params, "**/kernel", layout=jw.layout(Model().apply, params, x)).rows
+    assert [r.sigma for r in by_layout] == [r.sigma for r in rows]
     matrices = {r.path.split("/")[1]: np.asarray(params["params"][r.path.split("/")[1]]["kernel"]) for r in rows}
     sigma = {r.path.split("/")[1]: r.sigma for r in rows}
     assert sigma["first"] == pytest.approx(np.linalg.norm(matrices["first"].reshape(9, 6), 2), rel=1e-5)
@@ -136,7 +139,7 @@ def test_any_values(value):
     assert row.values == 1 and row.density == (value != 0)
     assert np.isfinite(row.sigma) == np.isfinite(value)
     (nothing,) = jw.summarize([jnp.zeros((0, 4))]).rows
-    assert nothing[4:] == (0, None, 0, 0, 0)
+    assert nothing[4:9] == (0, None, 0, 0, 0)
 
 
 def test_it_prints_as_a_table():
@@ -145,6 +148,7 @@ def test_it_prints_as_a_table():
     Console(file=out, width=100).print(summary)
     for text in (out.getvalue(), str(summary)):
         assert "kernel" in text and "4×3" in text and "80.0%" in text and "15 entries" in text
+        assert "in out " in text and "?" not in text
 
 
 def test_numbers_are_whole_in_80_columns_and_paths_are_told_apart(monkeypatch):
@@ -155,7 +159,8 @@ def test_numbers_are_whole_in_80_columns_and_paths_are_told_apart(monkeypatch):
         for name, shape in shapes.items()
     }
     tree["classifier/a_very_long_name_of_the_last_layer/kernel"] = np.repeat(np.eye(4, dtype=np.float32), 300, 1)
-    summary = jw.summarize(tree)
+    with pytest.warns(jw.AxesWarning, match="and 8 more are a guess"):  # heads without query, key, value and out
+        summary = jw.summarize(tree)
     monkeypatch.setenv("COLUMNS", "80")
     out = io.StringIO()
     Console(file=out, width=80).print(summary)
@@ -166,9 +171,10 @@ def test_numbers_are_whole_in_80_columns_and_paths_are_told_apart(monkeypatch):
         for line, row in zip(lines, summary.rows, strict=True):
             for number in ("×".join(map(str, row.shape)), f"{row.density:.1%}", f"{row.sigma:.3g}", f"{row.norm:.3g}"):
                 assert number in line.split()
+            assert line.count("w i o?") == (len(row.shape) == 3)
             assert row.path.endswith(line.split()[0].rpartition("…")[2])
     monkeypatch.setenv("COLUMNS", "200")
-    assert all(path in str(summary) for path in tree)
+    assert all(path in str(summary) for path in tree) and "win in out?" in str(summary)
 
 
 def test_names_are_abbreviated_as_little_as_the_width_needs():

@@ -75,6 +75,7 @@ class FakeQuantize(Transform):
     per_unit: bool = False
     axes: Axes | None = None
     takes_axes: ClassVar[bool] = True
+    unitwise: ClassVar[bool] = True
 
     def __post_init__(self):
         check_integer("bits", self.bits, 1, _MAX_BITS)

@@ -97,6 +97,7 @@ class ClipSingularValues(Transform):
     axes: Axes | None = None
     scheduled: ClassVar[frozenset[str]] = frozenset({"limit"})
     takes_axes: ClassVar[bool] = True
+    transposable: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("limit", self.limit, 0, schedule=True)

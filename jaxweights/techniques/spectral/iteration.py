@@ -204,7 +204,7 @@ def search_in(state: State, operator: Operator) -> Search:
 @functools.partial(jax.jit, static_argnames=("read", "spec"))
 def init_search(w: Array, key: Array, read: Callable[[Array, Any], Operator], spec: Any) -> Search:
     """Starts a search from random vectors and takes a few steps."""
-    search = auto_sharded(lambda w: start(read(w, spec), key), w)
+    search = auto_sharded(lambda w, key: start(read(w, spec), key), w, key)
     return update_search(w, search, read, spec, _INITIAL_STEPS, _MOST_INITIAL_STEPS)
 
 

@@ -84,6 +84,7 @@ class Orthogonalize(Transform):
     axes: Axes | None = None
     scheduled: ClassVar[frozenset[str]] = frozenset({"gain"})
     takes_axes: ClassVar[bool] = True
+    transposable: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("gain", self.gain, schedule=True)

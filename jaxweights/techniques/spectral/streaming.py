@@ -54,6 +54,7 @@ class SpectralNorm(Transform):
     soft: bool = False
     scheduled: ClassVar[frozenset[str]] = frozenset({"target"})
     takes_axes: ClassVar[bool] = True
+    transposable: ClassVar[bool] = True
 
     def __post_init__(self):
         check_integer("n_steps", self.n_steps, 1)

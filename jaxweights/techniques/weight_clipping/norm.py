@@ -111,6 +111,7 @@ class ClipNorm(Transform):
     axes: Axes | None = None
     scheduled: ClassVar[frozenset[str]] = frozenset({"max_norm"})
     takes_axes: ClassVar[bool] = True
+    unitwise: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("max_norm", self.max_norm, 0, schedule=True)
@@ -137,6 +138,7 @@ class BoundNorm(Transform):
     axes: Axes | None = None
     scheduled: ClassVar[frozenset[str]] = frozenset({"low", "high", "rate"})
     takes_axes: ClassVar[bool] = True
+    unitwise: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("low", self.low, 0, schedule=True)

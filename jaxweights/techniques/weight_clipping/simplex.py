@@ -152,6 +152,7 @@ class Simplex(Transform):
     axes: Axes | None = None
     scheduled: ClassVar[frozenset[str]] = frozenset({"total"})
     takes_axes: ClassVar[bool] = True
+    unitwise: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("total", self.total, 0, schedule=True)
@@ -176,6 +177,7 @@ class L1Ball(Transform):
     axes: Axes | None = None
     scheduled: ClassVar[frozenset[str]] = frozenset({"radius"})
     takes_axes: ClassVar[bool] = True
+    unitwise: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("radius", self.radius, 0, schedule=True)
@@ -200,6 +202,7 @@ class L1Sphere(Transform):
     axes: Axes | None = None
     scheduled: ClassVar[frozenset[str]] = frozenset({"radius"})
     takes_axes: ClassVar[bool] = True
+    unitwise: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("radius", self.radius, 0, schedule=True)

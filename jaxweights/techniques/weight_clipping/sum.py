@@ -98,6 +98,7 @@ class BoundSum(Transform):
     normal: Any = dataclasses.field(default=None, kw_only=True)
     scheduled: ClassVar[frozenset[str]] = frozenset({"low", "high"})
     takes_axes: ClassVar[bool] = True
+    unitwise: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("low", self.low, schedule=True)

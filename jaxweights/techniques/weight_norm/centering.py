@@ -72,6 +72,7 @@ class Center(Transform):
 
     axes: Axes | None = None
     takes_axes: ClassVar[bool] = True
+    unitwise: ClassVar[bool] = True
 
     def apply(self, w, state):
         """`center(w)`."""

@@ -84,6 +84,7 @@ class WeightNorm(Transform):
     scale: float | None = None
     learned: ClassVar[frozenset[str]] = frozenset({"scale"})
     takes_axes: ClassVar[bool] = True
+    unitwise: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.scale is not None:

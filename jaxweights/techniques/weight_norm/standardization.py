@@ -94,6 +94,7 @@ class WeightStandardization(Transform):
     axes: Axes | None = None
     learned: ClassVar[frozenset[str]] = frozenset({"gain"})
     takes_axes: ClassVar[bool] = True
+    unitwise: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("eps", self.eps, 0)
