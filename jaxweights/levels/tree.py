@@ -8,10 +8,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from jaxweights.core.axes import Axes, infer_axes
+from jaxweights.core.axes import Axes
 from jaxweights.core.checks import naming
 from jaxweights.core.convolution import Convolution
+from jaxweights.core.guesses import warn_of_guesses
+from jaxweights.core.inference import infer_axes
 from jaxweights.core.joint import apply, init_each, update_each
+from jaxweights.core.stale import state_moves, warn_if_differentiated
 from jaxweights.core.transform import State, Transform, check_not_averaged, check_transform
 from jaxweights.levels.paths import FlatTree, Where, check_layout, check_structure, flatten, is_weight, key_of, select
 
@@ -63,12 +66,14 @@ class TreeTransform:
         tree = flatten(params)
         numbered = [(pattern, n) for n, (pattern, _) in enumerate(self.rules)]
         chosen = select(tree.paths, tree.leaves, numbered, self.where, self.layout)
-        axes = infer_axes({p: tuple(a.shape) for p, a in zip(tree.paths, tree.leaves, strict=True) if is_weight(a)})
-        axes |= self.layout or {}
+        shapes = {p: tuple(a.shape) for p, a in zip(tree.paths, tree.leaves, strict=True) if is_weight(a)}
+        known = self.layout or {}
+        axes = {**infer_axes(shapes), **known}
         members: list[list[str]] = [[] for _ in self.rules]
         for position, n in sorted(chosen.items()):
             members[n].append(tree.paths[position])
         rules = [(t, paths) for (_, t), paths in zip(self.rules, members, strict=True) if paths]
+        warn_of_guesses({path: t for t, paths in rules for path in paths if path not in known}, shapes)
         if convolutions := getattr(self.layout, "convolutions", None):
             rules = [each for t, paths in rules for each in _with_convolutions(t, paths, convolutions)]
         specs = {path: t.with_axes(axes[path]) if path in axes else t for t, paths in rules for path in paths}
@@ -97,6 +102,22 @@ class BoundTransform:
     def with_weights(self, weights: dict[str, jax.Array]) -> BoundTransform:
         """The same for other weights of these shapes."""
         return dataclasses.replace(self, weights=weights)
+
+    def watched(self, remedy: str) -> BoundTransform:
+        """The same, with a warning where weights are differentiated whose state an update would move."""
+
+        def watch(t: Transform, path: str) -> jax.Array:
+            w = self.weights[path]
+            if not state_moves(t, w):
+                return w
+            return warn_if_differentiated(
+                f"weights are differentiated under {type(t).__name__}, and its state stays as it is: {remedy}; or "
+                f"unwrap the module and end the optimizer with jaxweights.project({type(t).__name__}(...)). Where "
+                f"another call updates the state, ignore jaxweights.StaleStateWarning",
+                w,
+            )
+
+        return self.with_weights(self.each(watch))
 
     def init(self, key: jax.Array) -> TreeState:
         """Makes the state of every weight."""
@@ -186,14 +207,15 @@ def on_tree(
     Args:
       transform: a transform, or rules {glob: transform}. The first rule that matches a path applies.
       where: the weights to transform: a glob on paths ("**/kernel"), a list of globs, or a predicate
-        `(path, array) -> bool`. By default, weights with two or more axes except biases and scales; with rules, the
-        weights that they match.
+        `(path, array) -> bool`. By default, weights with two or more axes except biases, scales, tokens and positions;
+        with rules, the weights that they match.
       layout: how a program reads the weights, from `jaxweights.layout`, or a dict {path: Axes}. These are then the
-        axes, and the default `where` is the weights in the layout. Without it, axes follow from names and shapes.
+        axes, and the default `where` is the weights in the layout. Without it, axes follow from names and shapes, as
+        `jaxweights.describe` says, and an `AxesWarning` names those that are a guess.
 
     Returns:
       An object with `init(params, key)`, `update(params, state)` and `apply(params, state)`. All other leaves pass
-      through, None and leaves that are not floating-point arrays among them.
+      through, None, stored weights and leaves that are not floating-point arrays among them.
 
     Raises:
       TypeError: `transform` is not a transform, or `layout` not a mapping of `Axes`.

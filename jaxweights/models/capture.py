@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,10 +11,12 @@ import numpy as np
 
 from jaxweights.core.calibration import InputStats, input_stats
 from jaxweights.levels.paths import Where
+from jaxweights.models.progress import shown
 from jaxweights.numerics.sharding import auto_sharded
 from jaxweights.programs.contractions.contraction import Contraction
 from jaxweights.programs.contractions.found import zeros_like
 from jaxweights.programs.contractions.visit import check_found, visit_contractions
+from jaxweights.programs.trace import split_arrays
 
 
 def capture(
@@ -35,7 +37,8 @@ def capture(
 
     Args:
       f: a function (params, *batch), as in evaluation.
-      params: the tree of weights.
+      params: the tree of weights. An Equinox module is one as it is: leaves that are no arrays, such as activation
+        functions, stay as they are.
       batches: an iterable of batches: a tuple of the arguments after `params`, or the one argument.
       where: the weights to capture, as in `on_tree`; by default those of two or more axes that meet data in a product.
       second_moment: whether to keep E[xxᵀ], whose size is the square of that of `x`.
@@ -58,8 +61,7 @@ def capture(
     """
     if not callable(f):
         raise TypeError(f"f must be a function (params, *batch), got {type(f).__name__}: wrap the model in one")
-    if not isinstance(batches, Iterable) or isinstance(batches, jax.Array | np.ndarray | str | dict):
-        raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}: write [batch]")
+    check_batches(batches)
 
     def visit(product: Contraction) -> tuple[InputStats, jax.Array]:
         def stats(x: jax.Array) -> InputStats:
@@ -67,30 +69,36 @@ def capture(
 
         return auto_sharded(stats, product.x), product.y
 
-    def collect(params: Any, batch: tuple[Any, ...]) -> Mapping[str, InputStats]:
-        _, stats = visit_contractions(f, params, *batch, visit=visit, where=where)
+    arrays, rebuild = split_arrays(params)
+
+    def collect(arrays: list[jax.Array], batch: tuple[Any, ...]) -> Mapping[str, InputStats]:
+        _, stats = visit_contractions(f, rebuild(arrays), *batch, visit=visit, where=where)
         return stats
 
     @jax.jit
-    def step(total: dict[str, InputStats], params: Any, batch: tuple[Any, ...]) -> dict[str, InputStats]:
-        return jax.tree.map(jnp.add, total, dict(collect(params, batch)))
+    def step(total: dict[str, InputStats], arrays: list[jax.Array], batch: tuple[Any, ...]) -> dict[str, InputStats]:
+        return jax.tree.map(jnp.add, total, dict(collect(arrays, batch)))
 
     shapes: Mapping[str, InputStats] = {}
     total = None
-    for batch in _shown(batches) if progress else batches:
-        batch = batch if isinstance(batch, tuple) else (batch,)
+    for batch in shown(batches, "capture", progress):
+        batch = as_arguments(batch)
         if total is None:
-            shapes = jax.eval_shape(collect, params, batch)
+            shapes = jax.eval_shape(collect, arrays, batch)
             check_found("capture", f, params, batch, where, shapes)
             total = zeros_like(dict(shapes))
-        total = step(total, params, batch)
+        total = step(total, arrays, batch)
     if total is None:
         raise ValueError("batches is empty: give at least one batch")
     return {path: total[path] for path in shapes}  # jit has sorted the keys of `total`
 
 
-def _shown(batches: Iterable[Any]) -> Iterable[Any]:
-    """The batches, with a bar of progress."""
-    from rich.progress import track  # Flax brings it; most calls do without
+def check_batches(batches: Any) -> None:
+    """Raises unless `batches` is an iterable of batches. An array is one batch."""
+    if not isinstance(batches, Iterable) or isinstance(batches, jax.Array | np.ndarray | str | dict):
+        raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}: write [batch]")
 
-    return track(batches, "capture", total=len(batches) if isinstance(batches, Sized) else None)
+
+def as_arguments(batch: Any) -> tuple[Any, ...]:
+    """The arguments of a call: a tuple of them, or the one argument."""
+    return batch if isinstance(batch, tuple) else (batch,)

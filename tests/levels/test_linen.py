@@ -149,6 +149,7 @@ class Scanned(nn.Module):
         return stack(body(6, name="layers"), x, None)[0]
 
 
+@pytest.mark.filterwarnings("ignore::jaxweights.StaleStateWarning")  # a gradient that nothing is trained with
 def test_a_scanned_stack_is_normalised_layer_by_layer():
     model = jw.linen.Transformed(Scanned(), jw.SpectralNorm(n_steps=30))
     variables = init(model)

@@ -167,6 +167,7 @@ def test_equal_modules_trace_once():
     assert len(traces) == 1
 
 
+@pytest.mark.filterwarnings("ignore::jaxweights.StaleStateWarning")  # a gradient that nothing is trained with
 def test_closed_over_in_vmap_and_scan_and_remat():
     model = jw.nnx.transformed(nnx.Linear(6, 6, rngs=nnx.Rngs(0)), jw.SpectralNorm(), rngs=nnx.Rngs(0))
     model.eval()
@@ -284,3 +285,35 @@ def test_a_batch_in_which_nothing_counts_leaves_the_statistics():
     assert np.isfinite(y).all()
     np.testing.assert_array_equal(norm.mean[...], np.zeros(6))
     np.testing.assert_array_equal(norm.var[...], np.ones(6))
+
+
+def test_a_part_that_is_called_by_itself_warns():
+    """Its weights are those that are stored. Calls within the module, its methods and its clones do not warn."""
+
+    class Parts(nnx.Module):
+        def __init__(self, rngs):
+            self.encoder = nnx.Sequential(nnx.Linear(6, 6, rngs=rngs), nnx.relu)
+            self.decoder = nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.decoder(self.encode(x))
+
+        def encode(self, x):
+            x = nnx.remat(lambda part, x: part(x))(self.encoder, x)
+            return jax.jit(lambda part, x: part(x))(nnx.merge(*nnx.split(self.encoder)), x)
+
+    plain = Parts(nnx.Rngs(0))
+    model = jw.nnx.transformed(plain, jw.ClipWeights(0.0), where="encoder/**/kernel")
+    for each in (model, nnx.clone(model), nnx.merge(*nnx.split(model))):
+        np.testing.assert_array_equal(each.encode(X), np.zeros_like(X))
+        each(X)
+        nnx.jit(lambda m, x: m(x))(each, X)
+        for part, expected in ((each.encoder, plain.encoder), (each.encoder.layers[0], plain.encoder.layers[0])):
+            assert isinstance(part, type(expected))
+            with pytest.warns(jw.nnx.StoredWeightsWarning, match="Call a method of the transformed module"):
+                y = part(X)
+            np.testing.assert_array_equal(y, expected(X))
+        np.testing.assert_array_equal(each.decoder(X), plain.decoder(X))  # no weight in it is transformed
+    folded = jw.nnx.fold(model)
+    assert type(folded.encoder) is nnx.Sequential
+    np.testing.assert_array_equal(folded.encoder(X), np.zeros_like(X))

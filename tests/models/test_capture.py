@@ -252,6 +252,52 @@ def test_what_to_call_is_free():
     close(double["kernel"].products, 4 * x.T @ x)
 
 
+def test_linen_draws_other_keys_in_every_batch():
+    """With dropout and batch statistics, as in training: the norms are those of what the dense layer is given."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dropout(0.5, deterministic=False)(nn.BatchNorm(use_running_average=False)(x))
+            self.sow("intermediates", "given", x)
+            return nn.Dense(2)(x)
+
+    model, key, x = Model(), jax.random.key(3), normal(50, 6)
+    variables = model.init({"params": KEY, "dropout": KEY}, x)
+    stats = jw.linen.capture(model, variables, [x, x, x], rngs={"dropout": key})["Dense_0/kernel"]
+    run = jax.jit(lambda key: model.apply(variables, x, rngs={"dropout": key}, mutable=True)[1]["intermediates"])
+    given = np.float64([run(jax.random.fold_in(key, i))["given"][0] for i in range(3)])
+    assert ((given[0] == 0) != (given[1] == 0)).any()
+    close(stats.norm, np.sqrt((given**2).sum((0, 1))))
+    assert stats.count == 150
+
+
+def test_an_equinox_module_is_captured_as_it_is():
+    """Activation functions and flags among its leaves stay as they are."""
+    eqx = pytest.importorskip("equinox")
+
+    class Model(eqx.Module):
+        mlp: eqx.nn.MLP
+        attention: eqx.nn.MultiheadAttention
+        flag: bool
+        width: float
+
+        def __call__(self, x):
+            x = jax.vmap(self.mlp)(x) * (self.width if self.flag else 0)
+            return self.attention(x, x, x)
+
+    attention = eqx.nn.MultiheadAttention(2, 4, key=jax.random.key(1))
+    model, x = Model(eqx.nn.MLP(3, 4, 8, 1, key=KEY), attention, True, 2.0), normal(5, 3)
+    stats = jw.capture(lambda model, x: model(x), model, [x, 2 * x])
+    assert list(stats) == [f"mlp/layers/{i}/weight" for i in range(2)] + [
+        f"attention/{name}_proj/weight" for name in ("query", "key", "value", "output")
+    ]
+    first, layer = np.float64(x), model.mlp.layers[0]
+    hidden = lambda x: np.maximum(x @ np.float64(layer.weight).T + np.float64(layer.bias), 0)
+    close(stats["mlp/layers/0/weight"].norm, np.sqrt(5) * np.linalg.norm(first, axis=0))
+    close(stats["mlp/layers/1/weight"].norm, np.sqrt((hidden(first) ** 2 + hidden(2 * first) ** 2).sum(0)))
+
+
 def test_embeddings_are_left_out_and_tied_ones_are_read_as_they_are_used():
     class Tied(nn.Module):
         @nn.compact

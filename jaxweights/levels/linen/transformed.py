@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,13 +22,15 @@ class Transformed(nn.Module):
     The parameters keep their names and are never overwritten. The state of the transform is stored beside them, nested
     as they are: learned entries in the collection "params" under the name "weight_transform", all others in the
     collection "weight_transform". `apply` updates that collection if it is mutable: `model.apply(variables, x)`
-    evaluates, `model.apply(variables, x, mutable=["weight_transform"])` is a training step.
+    evaluates, `model.apply(variables, x, mutable=["weight_transform"])` is a training step. Training without it, which
+    leaves the state of the first step, warns with a `StaleStateWarning`.
 
     The wrapper has all public methods of the module (`method="encode"`). `init` creates the variables that the module
     creates without it; only a key that a module draws from "params" after making parameters of its own is another.
 
     The stored state belongs to the weights before the last optimizer step. `update_state` brings it up to date, before
-    evaluation and whenever weights were loaded or averaged.
+    evaluation and whenever weights were averaged. `init_state` makes it anew, for weights that a plain model was saved
+    with: `variables = jw.linen.init_state(model, {"params": restored}, key)`.
 
     Averaging: average the parameters, keep the state of the last step, then call `update_state`. Floating
     entries of the state may be averaged too; averaged masks, indices and steps are refused.
@@ -51,6 +53,36 @@ class Transformed(nn.Module):
     ['bias', 'kernel']
     >>> print(model.apply(variables, jnp.ones((1, 3))))
     [[0. 0.]]
+
+    A training step of a model with dropout, and a checkpoint of it:
+
+    >>> import optax, orbax.checkpoint as ocp, tempfile
+    >>> class Mlp(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x, train=False):
+    ...         return nn.Dense(1)(nn.Dropout(0.1, deterministic=not train)(nn.relu(nn.Dense(8)(x))))
+    >>> model, tx = jw.linen.Transformed(Mlp(), jw.SpectralNorm()), optax.adam(1e-3)
+    >>> key, x = jax.random.key(0), jnp.ones((4, 3))
+    >>> variables = model.init(key, x)
+    >>> params, state = variables["params"], {"weight_transform": variables["weight_transform"]}
+    >>> @jax.jit
+    ... def step(params, state, opt_state, key, x, y):
+    ...     def loss(params):
+    ...         options = {"train": True, "rngs": {"dropout": key}, "mutable": list(state)}
+    ...         prediction, moved = model.apply({"params": params, **state}, x, **options)
+    ...         return jnp.mean((prediction - y) ** 2), moved
+    ...     grads, state = jax.grad(loss, has_aux=True)(params)
+    ...     updates, opt_state = tx.update(grads, opt_state, params)
+    ...     return optax.apply_updates(params, updates), state, opt_state
+    >>> opt_state = tx.init(params)
+    >>> for i in range(3):
+    ...     params, state, opt_state = step(params, state, opt_state, jax.random.fold_in(key, i), x, x[:, :1])
+    >>> with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+    ...     checkpointer.save(f"{folder}/model", {"params": params, **state})
+    ...     checkpointer.wait_until_finished()
+    ...     variables = checkpointer.restore(f"{folder}/model", {"params": params, **state})
+    >>> model.apply(jw.linen.update_state(model, variables), x).shape  # evaluation
+    (4, 1)
     """
 
     module: nn.Module
@@ -91,15 +123,22 @@ class Transformed(nn.Module):
         inner: set[str] = set()
         if self.is_initializing():
             inner = self._make_parameters(call)
-        bound = on_tree(self.transform, self.where, layout=self.layout).bind(_plain(self.variables))
-        state = self._make(bound, inner) if self.is_initializing() else _stored(bound, self.variables)
-        if state.fixed and self.is_mutable_collection(STATE) and not self.is_initializing():
-            state = bound.update(state)
-            self._put(STATE, state.fixed)
+        bound = bind(self, self.variables)
+        state = self._make_state(inner) if self.is_initializing() else stored_state(bound, self.variables)
+        used = bound
+        if state.fixed and not self.is_initializing():
+            if self.is_mutable_collection(STATE):
+                state = bound.update(state)
+                self._put(STATE, state.fixed)
+            else:
+                used = bound.watched(
+                    f'its collection "{STATE}" is not mutable. In a training step call '
+                    f'apply(..., mutable=["{STATE}"]) and keep what it returns'
+                )
 
         # Leaves are matched by identity: `swap` runs once per scope, and a submodule that is shared with another module
         # has its own scope.
-        new = {id(bound.weights[path]): w for path, w in bound.apply(state).items() if w is not bound.weights[path]}
+        new = {id(bound.weights[p]): w for p, w in used.apply(state).items() if w is not used.weights[p]}
         swapped: set[int] = set()
 
         def swap(leaf):
@@ -129,8 +168,9 @@ class Transformed(nn.Module):
         nn.map_variables(draw, others, trans_out_fn=lambda _: {}, mutable=True)(self.module)
         return inner
 
-    def _make(self, bound: BoundTransform, inner: set[str]) -> TreeState:
+    def _make_state(self, inner: Container[str] = ()) -> TreeState:
         """The state at initialization: what an earlier call made, and the rest from the key of the parameters."""
+        bound = bind(self, self.variables)
         # A scope of its own, so that the module draws the keys that it draws without the wrapper.
         made = bound.init(self.scope.push(STATE, reuse=True).make_rng("params"))  # type: ignore[union-attr]
         for path in made.fixed:
@@ -139,9 +179,9 @@ class Transformed(nn.Module):
                     f"Transformed selects {path!r}, whose state a Transformed further in keeps: exclude it with where, "
                     f"or compose the transforms there, Transformed(module, Chain(inner, outer))"
                 )
-        stored = _stored(bound, self.variables)
+        stored = stored_state(bound, self.variables)
         state = TreeState(made.learned | stored.learned, made.fixed | stored.fixed)
-        if state.learned:
+        if state.learned.keys() - stored.learned.keys():  # within another wrapper, the first of two calls has made them
             self.put_variable("params", STATE, unflatten_dict(state.learned, sep="/"))
         self._put(STATE, state.fixed)
         return state
@@ -152,94 +192,17 @@ class Transformed(nn.Module):
             self.put_variable(collection, name, value)
 
 
-def fold(model: Transformed, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of the plain module that computes what the transformed one does, for export and evaluation.
-
-    `model.module.apply(fold(model, variables), ...)` equals `model.apply(variables, ...)`.
-
-    Args:
-      model: a `Transformed` module.
-      variables: all its collections. For one inside a larger model, its part of them.
-
-    Returns:
-      The collections without the state of the transform, the selected parameters transformed.
-
-    Raises:
-      TypeError: `model` is not a `Transformed`.
-      ValueError: the state is missing.
-
-    >>> import flax.linen as nn, jax, jax.numpy as jnp
-    >>> import jaxweights as jw
-    >>> model = jw.linen.Transformed(nn.Dense(2), jw.ClipWeights(0.0))
-    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
-    >>> print(fold(model, variables)["params"]["kernel"].sum())
-    0.0
-    """
-    bound = _bind(model, variables, "fold")
-    params = bound.tree.replaced(bound.apply(_stored(bound, variables)))
-    return {name: value for name, value in variables.items() if name != STATE} | {"params": params}
-
-
-def update_state(model: Transformed, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables with the state of the transform updated for the current weights.
-
-    A training step updates the state, then the optimizer moves the weights: until the next step, the state belongs to
-    the old weights, and spectral normalization, say, leaves σ slightly above 1. Call this before evaluation, and after
-    loading or averaging weights. Learned entries stay. The update counts as a step of schedules, so go on training from
-    the variables that were given.
-
-    Args:
-      model: a `Transformed` module.
-      variables: all its collections. For one inside a larger model, its part of them. Of a whole model,
-        `model.apply(variables, x, mutable=["weight_transform"])[1]` updates the state for any input `x`.
-
-    Returns:
-      All collections, with the same structure.
-
-    Raises:
-      TypeError: `model` is not a `Transformed`.
-      ValueError: the state is missing.
-
-    >>> import flax.linen as nn, jax, jax.numpy as jnp
-    >>> import jaxweights as jw
-    >>> model = jw.linen.Transformed(nn.Dense(2), jw.SpectralNorm(n_steps=20))
-    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
-    >>> variables["params"]["kernel"] = jnp.array([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-    >>> kernel = fold(model, update_state(model, variables))["params"]["kernel"]
-    >>> print(jw.spectral_norm(kernel).round(4))
-    1.0
-    """
-    bound = _bind(model, variables, "update")
-    state = bound.update(_stored(bound, variables))
-    new = dict(variables)
-    if state.fixed:
-        new[STATE] = _merged(variables[STATE], unflatten_dict(state.fixed, sep="/"))
-    return new
-
-
-def _bind(model: Any, variables: Mapping[str, Any], verb: str) -> BoundTransform:
+def bind(model: Transformed, variables: Mapping[str, Any]) -> BoundTransform:
     """The transform of a wrapper on its weights."""
-    if not isinstance(model, Transformed):
-        raise TypeError(
-            f"model must be a linen.Transformed, got {type(model).__name__}: there is nothing to {verb}. For a "
-            f"Transformed inside it, pass that and its part of the variables"
-        )
-    return on_tree(model.transform, model.where, layout=model.layout).bind(_plain(variables))
+    return on_tree(model.transform, model.where, layout=model.layout).bind(own_params(variables))
 
 
-def _merged(old: Any, new: Any) -> Any:
-    """Nested dicts with new leaves, among others."""
-    if not isinstance(new, Mapping):
-        return new
-    return {**old, **{name: _merged(old.get(name, {}), value) for name, value in new.items()}}
-
-
-def _plain(variables: Mapping[str, Any]) -> dict[str, Any]:
+def own_params(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of the module itself."""
     return {name: value for name, value in variables.get("params", {}).items() if name != STATE}
 
 
-def _stored(bound: BoundTransform, variables: Mapping[str, Any]) -> TreeState:
+def stored_state(bound: BoundTransform, variables: Mapping[str, Any]) -> TreeState:
     """The stored state of a wrapper, without that of wrappers further in."""
 
     def own(collection):

@@ -6,23 +6,26 @@ import copyreg
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from flax.traverse_util import unflatten_dict
 
 from jaxweights.core.axes import Axes
-from jaxweights.core.transform import State, Transform
-from jaxweights.levels.paths import STATE, Where, entries
-from jaxweights.levels.tree import BoundTransform, TreeState, TreeTransform, on_tree
+from jaxweights.core.transform import Transform
+from jaxweights.levels.nnx.state import Control, flat_params, name_of, nodes, params_of
+from jaxweights.levels.paths import STATE, Where
+from jaxweights.levels.tree import BoundTransform, TreeState, on_tree
 
 M = TypeVar("M", bound=nnx.Module)
+_IN_A_CALL = "_jaxweights_in_a_call"
+"""The attribute of those parts of a module that a method of the whole runs."""
 
 
-class TransformVariable(nnx.Variable):
-    """State that a transform keeps between steps and that is not optimized: singular vectors, masks, counts."""
+class StoredWeightsWarning(UserWarning):
+    """A part of a transformed module is called by itself, and computes with the weights as they are stored."""
 
 
 def transformed(
@@ -37,15 +40,22 @@ def transformed(
 
     The result is an instance of a subclass of the module's class and shares the module's variables. Attributes,
     parameter names and `isinstance` stay as they are, and no stored parameter is overwritten. Its methods run on a
-    shadow of the module whose selected weights are transformed. Its attribute `weight_transform` holds the state of the
-    transform, nested as the weights are: learned entries as `nnx.Param`, all others as `TransformVariable`. A call
-    updates them in training mode; `model.train()` and `model.eval()` switch, as for dropout.
+    shadow of the module whose selected weights are transformed. A module within it that is called by itself, as in
+    `model.encoder(x)`, computes with the weights as they are stored, and warns of it: give the model a method that
+    calls its encoder, or transform the encoder.
+
+    The attribute `weight_transform` holds the state of the transform, nested as the weights are: learned entries as
+    `nnx.Param`, all others as `TransformVariable`. A call updates them in training mode; `model.train()` and
+    `model.eval()` switch, as for dropout. Training in evaluation mode warns with a `StaleStateWarning` where the state
+    of a transform should move.
 
     The state belongs to the weights before the last optimizer step. `update_state` brings it up to date, before
     evaluation and whenever weights were loaded or averaged.
 
     Averaging: average the parameters (`nnx.state(model, nnx.Param)`), keep the state of the last step, then call
     `update_state`. Floating entries of the state may be averaged too; averaged masks, indices and steps are refused.
+
+    Weights of a plain checkpoint load with `nnx.update`; `init_state` then makes the state that belongs to them.
 
     The result pickles if its module does, as do its graph definition and its state.
 
@@ -71,6 +81,31 @@ def transformed(
     [[0. 0.]]
     >>> bool((model.kernel[...] != 0).all())      # as stored
     True
+
+    A training step of a model with dropout, and a checkpoint of it:
+
+    >>> import jax, optax, orbax.checkpoint as ocp, tempfile
+    >>> rngs, x = nnx.Rngs(params=0, dropout=1), jnp.ones((4, 3))
+    >>> mlp = nnx.Sequential(
+    ...     nnx.Linear(3, 8, rngs=rngs), nnx.relu, nnx.Dropout(0.1, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)
+    ... )
+    >>> model = transformed(mlp, jw.SpectralNorm(), rngs=rngs)
+    >>> optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    >>> @nnx.jit
+    ... def step(model, optimizer, x, y):
+    ...     grads = nnx.grad(lambda model: jnp.mean((model(x) - y) ** 2))(model)
+    ...     optimizer.update(model, grads)
+    >>> for _ in range(3):
+    ...     step(model, optimizer, x, x[:, :1])
+    >>> jw.nnx.update_state(model)
+    >>> model.eval()
+    >>> with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+    ...     state = nnx.state(model, (nnx.Param, jw.nnx.TransformVariable))
+    ...     checkpointer.save(f"{folder}/model", state)
+    ...     checkpointer.wait_until_finished()
+    ...     nnx.update(model, checkpointer.restore(f"{folder}/model", state))
+    >>> model(x).shape
+    (4, 1)
     """
     if not isinstance(module, nnx.Module):
         remedy = "Linen has linen.Transformed"
@@ -86,9 +121,14 @@ def transformed(
         )
     lifted = on_tree(transform, where, layout=layout)
     key = rngs.params() if rngs is not None else jax.random.key(0)
-    state = lifted.init(_params(module), key)
+    bound = lifted.bind(params_of(module))
+    state = bound.init(key)
     new = _copy(module, lambda _, variable: variable, _transformed_class(type(module)))
-    setattr(new, STATE, _Control(lifted, state, {_name(path): path for path, _ in _flat_params(module)}))
+    for path, node in nnx.iter_graph(new):
+        within = any(weight.startswith(f"{name_of(path)}/") for weight in bound.transforms)
+        if path and within and isinstance(node, nnx.Module) and not hasattr(node, STATE):
+            _set_class(node, _part_class(type(node)))
+    setattr(new, STATE, Control(lifted, state, {name_of(path): path for path, _ in flat_params(module)}))
     return new
 
 
@@ -114,102 +154,23 @@ def fold(module: M) -> M:
     if not hasattr(module, STATE):
         raise ValueError(f"module is a {type(module).__name__} that is not transformed: there is nothing to fold")
     control = getattr(module, STATE)
-    plain = _shadow(module, type(module).__mro__[1], control.lifted.bind(_params(module)), control._read())
+    plain = _shadow(module, type(module).__mro__[1], control.lifted.bind(params_of(module)), control._read())
     delattr(plain, STATE)
+    for part in _parts(plain):
+        _set_class(part, type(part).__mro__[1])
     return nnx.clone(plain)
-
-
-def update_state(module: nnx.Module) -> None:
-    """Updates the state of every transform in a module for the current weights, in place, in training and evaluation.
-
-    A training step updates the state, then the optimizer moves the weights: until the next step, the state belongs to
-    the old weights, and spectral normalization, say, leaves σ slightly above 1. Call this before evaluation, and after
-    loading or averaging weights. Learned entries stay. The update counts as a step of schedules: to go on training,
-    evaluate a copy, `nnx.clone(module)`.
-
-    Args:
-      module: what `transformed` returned, or a module that contains such modules.
-
-    Raises:
-      TypeError: `module` is not an NNX module.
-      ValueError: it contains no transformed module.
-
-    >>> from flax import nnx
-    >>> import jax.numpy as jnp
-    >>> import jaxweights as jw
-    >>> model = transformed(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jw.SpectralNorm(n_steps=20))
-    >>> model.kernel[...] = jnp.float32([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-    >>> update_state(model)
-    >>> print(jw.spectral_norm(fold(model).kernel[...]).round(4))
-    1.0
-    """
-    if not isinstance(module, nnx.Module):
-        raise TypeError(f"module must be an nnx.Module, got {module!r}: Linen has linen.update_state")
-    controls = [(node, getattr(node, STATE)) for node in _nodes(module) if hasattr(node, STATE)]
-    if not controls:
-        raise ValueError(f"module is a {type(module).__name__} without a transformed module in it: nothing to update")
-    for node, control in controls:
-        control._write(control.lifted.bind(_params(node)).update(control._read()))
-
-
-class _Control(nnx.Module):
-    """The state of the transform and whether calls move it."""
-
-    # Methods are private, because `nnx.tabulate` prints the arguments of all public ones.
-
-    def __init__(self, lifted: TreeTransform, state: TreeState, nested: Mapping[str, tuple]):
-        self.lifted = lifted
-        self.deterministic = False
-        self.learned = _variables(nnx.Param, state.learned, nested)
-        self.fixed = _variables(TransformVariable, state.fixed, nested)
-
-    def _read(self) -> TreeState:
-        return TreeState(_values(self.learned), _values(self.fixed))
-
-    def _write(self, state: TreeState) -> None:
-        for path, entry in entries(self.fixed).items():
-            for name, variable in entry.items():
-                variable[...] = state.fixed[path][name]
-
-    def set_view(self, deterministic: bool | None = None, **kwargs) -> dict:
-        """Class method used by `nnx.view`.
-
-        Args:
-          deterministic: if True, calls leave the state of the weight transform as it is.
-          **kwargs: returned for others.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
-        return kwargs
-
-
-def _variables(kind: type[nnx.Variable], part: dict[str, State], nested: Mapping[str, tuple]) -> Any:
-    return nnx.data(unflatten_dict({(*nested[p], n): kind(a) for p, entry in part.items() for n, a in entry.items()}))
-
-
-def _values(part: Any) -> dict[str, State]:
-    return {path: {n: v[...] for n, v in entry.items()} for path, entry in entries(part).items()}
 
 
 def _copy(module: Any, variable: Callable[[tuple, nnx.Variable], nnx.Variable], cls: type[nnx.Module]) -> Any:
     """A copy of the module as a `cls`, with variable(path, old), itself not copied, in place of each variable."""
     graphdef, state = nnx.split(module)
     new = nnx.merge(graphdef, nnx.from_flat_state((p, variable(p, v)) for p, v in nnx.to_flat_state(state)))
-    object.__setattr__(new, "__class__", cls)
+    _set_class(new, cls)
     return new
 
 
-def _flat_params(module: nnx.Module) -> list[tuple[tuple, Any]]:
-    """The parameters and their paths, without those of the transform itself."""
-    return [(path, v) for path, v in nnx.to_flat_state(nnx.state(module, nnx.Param)) if STATE not in path]
-
-
-def _params(module: nnx.Module) -> dict[str, jax.Array]:
-    return {_name(path): v[...] for path, v in _flat_params(module)}
-
-
-def _name(path: tuple) -> str:
-    return "/".join(map(str, path))
+def _set_class(module: nnx.Module, cls: type[nnx.Module]) -> None:
+    object.__setattr__(module, "__class__", cls)
 
 
 def _shadow(module: Any, base: type[nnx.Module], bound: BoundTransform, state: TreeState) -> Any:
@@ -217,21 +178,30 @@ def _shadow(module: Any, base: type[nnx.Module], bound: BoundTransform, state: T
     new = bound.apply(state)
 
     def swap(path, variable):
-        name = _name(path)
+        name = name_of(path)
         return variable if new.get(name) is bound.weights.get(name) else variable.replace(new[name])
 
     return _copy(module, swap, base)
 
 
+def _parts(module: nnx.Module) -> list[nnx.Module]:
+    """The modules within a transformed one that have transformed weights."""
+    return [node for node in nodes(module) if isinstance(type(node), _Part)]
+
+
 def _call(self: Any, base: type[nnx.Module], method: str, args: tuple, kwargs: dict) -> Any:
     """Runs a method of the original class on a shadow with transformed weights."""
     control = getattr(self, STATE)
-    bound, state = control.lifted.bind(_params(self)), control._read()
-    if state.fixed and not control.deterministic:
+    bound, state = control.lifted.bind(params_of(self)), control._read()
+    if state.fixed and control.deterministic:
+        bound = bound.watched("the module is in evaluation mode. Train it in training mode, after module.train()")
+    elif state.fixed:
         state = bound.update(state)
         control._write(state)
     shadow = _shadow(self, base, bound, state)
-    pairs = [(mine, its, dict(vars(its))) for mine, its in zip(_nodes(self), _nodes(shadow), strict=True)]
+    for part in _parts(shadow):
+        object.__setattr__(part, _IN_A_CALL, True)  # no attribute that Flax keeps books of
+    pairs = [(mine, its, dict(vars(its))) for mine, its in zip(nodes(self), nodes(shadow), strict=True)]
     y = getattr(base, method)(shadow, *args, **kwargs)
     # Attributes that the method set (sow, caches, counters) belong to the module.
     for mine, its, before in pairs:
@@ -239,10 +209,6 @@ def _call(self: Any, base: type[nnx.Module], method: str, args: tuple, kwargs: d
             if name not in before or before[name] is not value:
                 setattr(mine, name, value)
     return y
-
-
-def _nodes(module: nnx.Module) -> list[nnx.Module]:
-    return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)]
 
 
 @functools.cache
@@ -262,15 +228,51 @@ def _transformed_class(base: type[nnx.Module]) -> type[nnx.Module]:
         for n, f in own.items()
         if inspect.isfunction(f) and (n == "__call__" or not n.startswith("_")) and n != "set_view"
     }
+    return _subclass(base, f"Transformed{base.__name__}", _metaclass(type(base)), methods)
+
+
+@functools.cache
+def _part_class(base: type[nnx.Module]) -> type[nnx.Module]:
+    """The subclass of a module within a transformed one: its weights are as stored, and a call says so."""
+
+    def call(self, *args, **kwargs):
+        if not hasattr(self, _IN_A_CALL):
+            warnings.warn(
+                f"a {base.__name__} within a transformed module is called by itself: it computes with the weights as "
+                f"they are stored. Call a method of the transformed module, or transform this one",
+                StoredWeightsWarning,
+                stacklevel=2,
+            )
+        return base.__call__(self, *args, **kwargs)  # type: ignore[operator]
+
+    own = inspect.isfunction(getattr(base, "__call__", None))  # noqa: B004, classes are callable
+    methods = {"__call__": functools.wraps(base.__call__)(call)} if own else {}
+    return _subclass(base, base.__name__, _part_metaclass(type(base)), methods)
+
+
+def _subclass(base: type, name: str, metaclass: type, methods: dict[str, Callable]) -> type[nnx.Module]:
     # A subclass is a pytree unless it says otherwise, whatever its base is.
-    options = {"metaclass": _metaclass(type(base)), "pytree": getattr(base, "_pytree__is_pytree", True)}
+    options = {"metaclass": metaclass, "pytree": getattr(base, "_pytree__is_pytree", True)}
     body = {**methods, "__module__": base.__module__}
-    return types.new_class(f"Transformed{base.__name__}", (base,), options, lambda namespace: namespace.update(body))
+    return types.new_class(name, (base,), options, lambda namespace: namespace.update(body))
+
+
+# The types of such classes, which pickle as a call that makes them: they have no name to be found under.
 
 
 @functools.cache
 def _metaclass(base: type) -> type:
-    """The type of transformed classes, which pickle as a call that makes them: they have no name to be found under."""
     metaclass = type(f"Transformed{base.__name__}", (base,), {})
     copyreg.pickle(metaclass, lambda cls: (_transformed_class, (cls.__mro__[1],)))  # type: ignore[arg-type]
+    return metaclass
+
+
+class _Part(type):
+    """What the types of parts have in common."""
+
+
+@functools.cache
+def _part_metaclass(base: type) -> type:
+    metaclass = type(f"Part{base.__name__}", (_Part, base), {})
+    copyreg.pickle(metaclass, lambda cls: (_part_class, (cls.__mro__[1],)))  # type: ignore[arg-type]
     return metaclass

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import numpy as np
 
 from jaxweights.core.calibration import InputStats
-from jaxweights.levels.paths import Where
+from jaxweights.levels.paths import STATE, Where
+from jaxweights.models.capture import as_arguments, check_batches
 from jaxweights.models.capture import capture as capture_function
 
 
@@ -19,6 +22,7 @@ def capture(
     where: Where | None = None,
     *,
     call: Callable[..., Any] | None = None,
+    rngs: Mapping[str, jax.Array] | None = None,
     second_moment: bool = True,
     progress: bool = False,
 ) -> dict[str, InputStats]:
@@ -31,6 +35,7 @@ def capture(
       where: the weights to capture, as for `on_tree`, on paths within "params".
       call: what to run on a batch, (bound module, *batch); by default the module's own call. It may say
         `lambda model, x: model(x, train=False)`.
+      rngs: keys by name, where the call draws, as in {"dropout": key}; each is folded with the number of the batch.
       second_moment: whether to keep E[xxᵀ], which has the square of the size of `x`.
       progress: whether to show a bar.
 
@@ -38,7 +43,8 @@ def capture(
       {path: InputStats} in the order of use.
 
     Raises:
-      TypeError: `model` is not a Linen module, `variables` have no "params", or `batches` is not iterable.
+      TypeError: `model` is not a Linen module, `variables` have no "params", `batches` is not iterable, or `rngs` is no
+        dict.
       ValueError: as `jaxweights.capture` says.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -51,12 +57,23 @@ def capture(
         raise TypeError(f"model must be a linen.Module, got {model!r}: NNX has nnx.capture, others jaxweights.capture")
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise TypeError('variables must be the collections of the module, "params" among them: pass what init returned')
-    run = nn.apply(call or _call, model)
+    if rngs is not None and not isinstance(rngs, Mapping):
+        raise TypeError(f'rngs must be a dict of keys, got {type(rngs).__name__}: write {{"dropout": key}}')
+    # A call in training mode may write statistics, which are then left. The state of a transform stays as it is.
+    run = nn.apply(call or _call, model, mutable=[name for name in variables if name not in ("params", STATE)])
 
-    def apply(params: Any, *batch: Any) -> Any:
-        return run({**variables, "params": params}, *batch)
+    def apply(params: Any, *batch: Any, rngs: Mapping[str, jax.Array] | None = None) -> Any:
+        return run({**variables, "params": params}, *batch, rngs=rngs)
 
-    return capture_function(apply, variables["params"], batches, where, second_moment=second_moment, progress=progress)
+    def draw(params: Any, number: Any, *batch: Any) -> Any:
+        return apply(params, *batch, rngs={name: jax.random.fold_in(key, number) for name, key in (rngs or {}).items()})
+
+    options: dict[str, Any] = {"second_moment": second_moment, "progress": progress}
+    if rngs is None:
+        return capture_function(apply, variables["params"], batches, where, **options)
+    check_batches(batches)
+    numbered = ((np.int32(i), *as_arguments(batch)) for i, batch in enumerate(batches))
+    return capture_function(draw, variables["params"], numbered, where, **options)
 
 
 def _call(module: Any, *batch: Any) -> Any:

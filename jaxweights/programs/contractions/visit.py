@@ -21,6 +21,7 @@ from jaxweights.programs.contractions.found import Found, Use
 from jaxweights.programs.contractions.walk import ContractionWalk, Marked, Origin, Visit
 from jaxweights.programs.contractions.weight import Weight
 from jaxweights.programs.layout import read as layout
+from jaxweights.programs.trace import is_array, split_arrays
 from jaxweights.programs.view import View
 
 
@@ -108,17 +109,21 @@ class _Traced(NamedTuple):
 
 def _trace(f: Callable[..., Any], params: Any, args: Iterable[Any], where: Where | None) -> _Traced:
     paths, weights, _ = flatten(params)
-    chosen = select(paths, weights, [(_is_matrix, True)], where)
-    program, shape = jax.make_jaxpr(f, return_shape=True)(params, *args)
-    leaves, places = [], {}
+    chosen = select(paths, weights, [(_is_matrix if where is None else None, True)], where)
+    arrays, rebuild = split_arrays((params, tuple(args)))
+
+    def run(*arrays: jax.Array) -> Any:
+        params, args = rebuild(arrays)
+        return f(params, *args)
+
+    program, shape = jax.make_jaxpr(run, return_shape=True)(*arrays)
+    n_params, places = 0, {}
     for i, weight in enumerate(weights):
         if i in chosen:
-            places[len(leaves)] = paths[i]
-        leaves += jax.tree.leaves(weight)
-    n_params = len(leaves)
-    leaves += jax.tree.leaves(tuple(args))
-    uses = layout.read(program, places, range(n_params, len(leaves)))
-    return _Traced(program, leaves, n_params, places, uses, shape)
+            places[n_params] = paths[i]
+        n_params += sum(map(is_array, jax.tree.leaves(weight)))
+    uses = layout.read(program, places, range(n_params, len(arrays)))
+    return _Traced(program, arrays, n_params, places, uses, shape)
 
 
 def _is_matrix(path: str, w: Any) -> bool:

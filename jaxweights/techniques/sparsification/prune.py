@@ -22,6 +22,9 @@ from jaxweights.techniques.sparsification.packed import masked, pack_mask, packe
 from jaxweights.techniques.sparsification.pattern import check_sparsity
 from jaxweights.techniques.sparsification.structure import Structure, check_tiling
 
+STEP = jax.ShapeDtypeStruct((), jnp.int32)
+"""The entry `step` of a state."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prune(JointTransform):
@@ -94,6 +97,12 @@ class Prune(JointTransform):
         """Whether there is a distribution: it compares all weights."""
         return self.distribution is not None
 
+    def tells_apart(self, a, b):
+        """Single entries are counted in each matrix. Which side of it is the input matters to patterns and groups."""
+        if not super().tells_apart(a, b) or self.structure is not None or isinstance(self.sparsity, tuple):
+            return super().tells_apart(a, b)
+        return a.batch != b.batch if self.distribution is None else not a.same_matrices(b)
+
     def init_all(self, ws, keys, axes):
         """Makes the masks for the initial weights; all true if the score needs gradients."""
         states = in_batches(self, {path: (w, keys[path]) for path, w in ws.items()}, axes, Prune._start)
@@ -127,7 +136,7 @@ class Prune(JointTransform):
     def apply(self, w, state):
         """Returns `w` where the mask is true, else 0."""
         w = check_weight(w)
-        check_state(state, mask=packed_shape(w.shape))
+        check_state(state, mask=mask_entry(w.shape))
         new = masked(w, state["mask"])
         return straight_through(w, new) if self.straight_through else new
 
@@ -149,7 +158,7 @@ class Prune(JointTransform):
         """The state of the next step, with the same mask."""
         if not self.moves:
             return state
-        check_state(state, mask=packed_shape(jnp.shape(w)), step=())
+        check_state(state, mask=mask_entry(jnp.shape(w)), step=STEP)
         return {**self.update_schedules(state), "step": state["step"] + 1}
 
     def _masks(self, ws, states, grads, axes, kept: Mapping[str, jax.Array] | None) -> dict[str, jax.Array]:
@@ -172,3 +181,8 @@ class Prune(JointTransform):
             return for_each(self, ws, axes, keep)
         readings = for_each(self, ws, axes, lambda t, path: t.axes)
         return self.distribution.masks(scored, sparsity, structure=self.structure, axes=readings, within=kept)
+
+
+def mask_entry(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The entry `mask` of a state, for a weight of this shape."""
+    return jax.ShapeDtypeStruct(packed_shape(shape), jnp.uint8)

@@ -14,8 +14,8 @@ from jaxweights.core.transform import Scalar
 from jaxweights.numerics.batching import apply_if
 from jaxweights.techniques.sparsification import scores
 from jaxweights.techniques.sparsification.masks import drop_and_grow
-from jaxweights.techniques.sparsification.packed import pack_mask, packed_shape, unpack_mask
-from jaxweights.techniques.sparsification.prune import Prune
+from jaxweights.techniques.sparsification.packed import pack_mask, unpack_mask
+from jaxweights.techniques.sparsification.prune import STEP, Prune, mask_entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Regrow(JointTransform):
 
     def update(self, w, state, grad=None):
         """Drops and grows some weights, if it is time."""
-        check_state(state, mask=packed_shape(jnp.shape(w)), step=())
+        check_state(state, mask=mask_entry(jnp.shape(w)), step=STEP)
         step = state["step"]
         state = {**self.update_schedules(state), "step": step + 1}
 

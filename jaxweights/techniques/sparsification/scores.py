@@ -89,7 +89,7 @@ def evaluate(score: Score, w: jax.Array, state: State, grad: jax.Array | None) -
             raise ValueError(f"the score {name} needs the gradients: {remedy}")
         arguments["grad"] = grad
     if "key" in needs(score):
-        check_state(state, seed=(2,))
+        check_state(state, seed=jax.ShapeDtypeStruct((2,), jnp.uint32))
         key = jax.random.wrap_key_data(state["seed"], impl="threefry2x32")
         arguments["key"] = jax.random.fold_in(key, state.get("step", 0))
     scored = check_weight(score(w, **arguments), f"the result of the score {name}")
