@@ -45,41 +45,49 @@ class InputStats:
     """Sums over the inputs x of a layer, in float32 or wider. `a + b` adds what two of them have seen.
 
     A feature is a row of the weight as `axes.matrix` reads it. Each layer of a stack, and each group of a grouped
-    convolution, has its own statistics along leading axes.
+    convolution, has its own statistics along leading axes. Without data there are only axes: `InputStats(axes=axes)`.
 
     Attributes:
-      count: number of inputs, int32, shape (*batch, [groups]).
-      absolute: Σ|x|, shape (*batch, [groups,] rows).
-      squares: Σx², shape (*batch, [groups,] rows).
+      count: number of inputs, int32, shape (*batch, [groups]), or None without data.
+      absolute: Σ|x|, shape (*batch, [groups,] rows), or None without data.
+      squares: Σx², shape (*batch, [groups,] rows), or None without data.
       products: Σxxᵀ, shape (*batch, [groups,] rows, rows), or None if it was not captured.
       axes: how the layer reads its weight.
     """
 
-    count: jax.Array
-    absolute: jax.Array
-    squares: jax.Array
-    products: jax.Array | None
+    count: jax.Array | None = None
+    absolute: jax.Array | None = None
+    squares: jax.Array | None = None
+    products: jax.Array | None = None
     axes: Axes | None = None
 
     @property
     def norm(self) -> jax.Array:
         """‖x‖₂ of each feature over all inputs."""
-        return jnp.sqrt(self.squares)
+        return jnp.sqrt(_captured(self.squares))
 
     @property
     def mean_abs(self) -> jax.Array:
         """Mean |x| of each feature; 0 without inputs."""
-        return safe_divide(self.absolute, self.count[..., None].astype(self.absolute.dtype))
+        absolute = _captured(self.absolute)
+        return safe_divide(absolute, _captured(self.count)[..., None].astype(absolute.dtype))
 
     @property
     def second_moment(self) -> jax.Array:
         """E[xxᵀ], the mean over all inputs; 0 without inputs."""
+        count = _captured(self.count)
         if self.products is None:
             raise ValueError("the statistics have no second moment: capture them with second_moment=True")
-        return safe_divide(self.products, self.count[..., None, None].astype(self.products.dtype))
+        return safe_divide(self.products, count[..., None, None].astype(self.products.dtype))
 
     def __add__(self, other: InputStats) -> InputStats:
         return jax.tree.map(jnp.add, self, other)
+
+
+def _captured(total: jax.Array | None) -> jax.Array:
+    if total is None:
+        raise ValueError("there are no statistics of the inputs: pass stats=capture(f, params, batches)")
+    return total
 
 
 def input_stats(x: Samples, axes: Axes | None = None, *, second_moment: bool = True) -> InputStats:

@@ -80,9 +80,7 @@ def evaluate(eqn: core.JaxprEqn, ins: Sequence[Any]) -> list[Any]:
     return list(core.jaxpr_as_fun(program_of([eqn], list(values), eqn.outvars))(*values.values()))
 
 
-def program_of(
-    eqns: Sequence[core.JaxprEqn], ins: Sequence[core.Var], outs: Sequence[core.Var]
-) -> core.ClosedJaxpr:
+def program_of(eqns: Sequence[core.JaxprEqn], ins: Sequence[core.Var], outs: Sequence[core.Var]) -> core.ClosedJaxpr:
     """The program of some equations of another one."""
     return core.ClosedJaxpr(_empty().replace(invars=list(ins), outvars=list(outs), eqns=list(eqns)), ())
 

@@ -13,7 +13,7 @@ from x64 import enable_x64
 
 import jaxweights as jw
 from jaxweights.core.axes import axes_or_default
-from jaxweights.techniques.sparsification.one_shot.second_moment import inverse_factor
+from jaxweights.numerics.inverse_factor import inverse_factor
 
 
 def normal(*shape, seed=0):

@@ -2,6 +2,7 @@
 
 from jaxweights.techniques.sparsification import scores
 from jaxweights.techniques.sparsification.distribution import ErdosRenyi, Global
+from jaxweights.techniques.sparsification.keep_zeros import KeepZeros
 from jaxweights.techniques.sparsification.masks import drop_and_grow, keep_largest, magnitude_mask
 from jaxweights.techniques.sparsification.one_shot.reconstruction import reconstruct
 from jaxweights.techniques.sparsification.one_shot.sparsegpt import sparsegpt
@@ -19,6 +20,7 @@ __all__ = [
     "ErdosRenyi",
     "Global",
     "InputUnits",
+    "KeepZeros",
     "OutputUnits",
     "PolynomialSparsity",
     "Prune",

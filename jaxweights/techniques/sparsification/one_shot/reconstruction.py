@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes
 from jaxweights.core.checks import check_integer, check_weight
+from jaxweights.numerics.inverse_factor import inverse_factor
 from jaxweights.numerics.norms import safe_divide
-from jaxweights.techniques.sparsification.one_shot.second_moment import inverse_factor, with_second_moment
+from jaxweights.techniques.sparsification.one_shot.second_moment import with_second_moment
 
 
 def reconstruct(

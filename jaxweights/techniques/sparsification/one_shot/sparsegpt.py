@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes, axes_or_default
 from jaxweights.core.checks import check_integer, check_scalar, check_weight
+from jaxweights.core.method import Method
 from jaxweights.core.transform import Number
 from jaxweights.numerics.counts import round_half_up
+from jaxweights.numerics.error_feedback import Block, error_feedback
 from jaxweights.numerics.selection import Entries, smallest_mask
-from jaxweights.techniques.sparsification.one_shot.second_moment import inverse_factor, with_second_moment
+from jaxweights.techniques.sparsification.one_shot.reconstruction import reconstruct
+from jaxweights.techniques.sparsification.one_shot.second_moment import with_second_moment
 from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity
 
 
@@ -86,45 +91,61 @@ def sparsegpt(
 @partial(jax.jit, static_argnames=("pattern", "block"))
 def _prune(w, h, n_pruned, damping, *, pattern: tuple[int, int] | None, block: int):
     """(w', mask) of one matrix. `n_pruned` has the count of each block; with a pattern it is not used."""
-    rows, columns = w.shape
-    n_blocks = len(n_pruned)
-    n_padding = n_blocks * block - rows
-    # Rows that pad the last block have no effect on the others and are pruned last.
-    u = jnp.pad(inverse_factor(h, damping), ((0, n_padding), (0, n_padding))).astype(w.dtype)
-    index = jnp.arange(len(u))
-    diagonal = jnp.where(index < rows, jnp.diagonal(u), 1)
-    w = jnp.pad(jnp.where((jnp.diagonal(h) > 0)[:, None], w, 0), ((0, n_padding), (0, 0)))
 
-    def prune_block(w, start_and_count):
-        start, count = start_and_count
-        block_w = jax.lax.dynamic_slice_in_dim(w, start, block)
-        block_u = jax.lax.dynamic_slice_in_dim(u, start, block)
-        u_within = jax.lax.dynamic_slice_in_dim(block_u, start, block, 1)
-        u_ii = jax.lax.dynamic_slice_in_dim(diagonal, start, block)
-        padding = start + jnp.arange(block) >= rows
-        padding = jnp.broadcast_to(padding[:, None], block_w.shape)
-        mask = ~smallest_mask(Entries(jnp.abs(block_w) / u_ii[:, None], last=padding), count)
+    def begin(of_block: Block, number: jax.Array) -> jax.Array:
+        """The mask of a block; with a pattern, that of its first rows is made anew when they are reached."""
+        padding = jnp.broadcast_to(~of_block.there[:, None], of_block.w.shape)  # pruned last
+        scores = Entries(jnp.abs(of_block.w) / of_block.scale[:, None], last=padding)
+        return ~smallest_mask(scores, n_pruned[number])
 
-        def choose_group(block_w, mask, i, *, n, m):
-            """Chooses the mask of inputs i to i + m − 1."""
-            group_w, group_u = (jax.lax.dynamic_slice_in_dim(a, i, m) for a in (block_w, u_ii))
-            chosen = ~smallest_mask(jnp.abs(group_w) / group_u[:, None], m - n, axis=(0,))
-            return jax.lax.dynamic_update_slice_in_dim(mask, chosen, i, 0)
+    def choose_group(mask: jax.Array, of_block: Block, i: jax.Array, *, n: int, m: int) -> jax.Array:
+        """The mask with that of inputs i to i + m − 1 chosen."""
+        group_w, scale = (jax.lax.dynamic_slice_in_dim(a, i, m) for a in (of_block.w, of_block.scale))
+        chosen = ~smallest_mask(jnp.abs(group_w) / scale[:, None], m - n, axis=(0,))
+        return jax.lax.dynamic_update_slice_in_dim(mask, chosen, i, 0)
 
-        def prune_row(i, state):
-            block_w, mask, errors = state
-            if pattern is not None:
-                n, m = pattern
-                choose = partial(choose_group, n=n, m=m)
-                mask = jax.lax.cond(i % m == 0, choose, lambda block_w, mask, i: mask, block_w, mask, i)
-            error = jnp.where(mask[i], 0, block_w[i]) / u_ii[i]
-            return block_w - u_within[i][:, None] * error[None], mask, errors.at[i].set(error)
+    def visit(i: jax.Array, of_block: Block, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if pattern is not None:
+            n, m = pattern
+            choose = partial(choose_group, n=n, m=m)
+            mask = jax.lax.cond(i % m == 0, choose, lambda mask, of_block, i: mask, mask, of_block, i)
+        return jnp.where(mask[i], of_block.w[i], 0), mask
 
-        start_state = (block_w, mask, jnp.zeros_like(block_w))
-        block_w, mask, errors = jax.lax.fori_loop(0, block, prune_row, start_state)
-        u_later = jnp.where(index < start + block, 0, block_u)
-        w = w - jnp.matmul(u_later.T, errors, precision="highest")
-        return jax.lax.dynamic_update_slice_in_dim(w, jnp.where(mask, block_w, 0), start, 0), mask
+    new, masks = error_feedback(w, h, damping, begin, visit, block=block)
+    return new, masks.reshape(-1, w.shape[1])[: len(w)]
 
-    w, masks = jax.lax.scan(prune_block, w, (block * jnp.arange(n_blocks), n_pruned))
-    return w[:rows], masks.reshape(n_blocks * block, columns)[:rows]
+
+@dataclasses.dataclass(frozen=True)
+class SparseGPT(Method):
+    """Prunes by `sparsegpt`: input by input, and after each, the remaining weights make up for it.
+
+    Args:
+      sparsity: fraction of zeros in [0, 1]; or (n, m), to keep n of every m consecutive inputs.
+      reconstruct: whether to replace the kept weights at the end by those of `reconstruct`, the best for this mask.
+      damping: λ as a fraction of the mean of the diagonal of the second moment, as in `sparsegpt`.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> params, x = {"kernel": jnp.array([[1.0], [4.0]])}, jnp.array([[2.0, 1.0], [0.0, 1.0]])
+    >>> stats = jw.capture(lambda params, x: x @ params["kernel"], params, [x])
+    >>> print(SparseGPT(0.5, reconstruct=True).fit(params["kernel"], stats["kernel"]).ravel().round(4))
+    [0. 5.]
+
+    References: Frantar and Alistarh, SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot,
+    arXiv:2301.00774, 2023.
+    """
+
+    sparsity: Sparsity
+    _: dataclasses.KW_ONLY
+    reconstruct: bool = False
+    damping: Number = 0.01
+    needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
+
+    def __post_init__(self):
+        check_sparsity(self.sparsity, 0)
+        check_scalar("damping", self.damping, 0)
+
+    def fit(self, w, stats):
+        """Returns the pruned weight."""
+        new, mask = sparsegpt(w, stats.second_moment, self.sparsity, axes=stats.axes, damping=self.damping)
+        return reconstruct(w, mask, stats.second_moment, axes=stats.axes) if self.reconstruct else new

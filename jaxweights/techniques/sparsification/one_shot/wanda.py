@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes, Reading, axes_or_default
 from jaxweights.core.checks import check_weight
+from jaxweights.core.method import Method
 from jaxweights.numerics.counts import fraction_of
 from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.numerics.selection import by_value, smallest_mask
 from jaxweights.numerics.sharding import auto_sharded
+from jaxweights.techniques.sparsification.one_shot.reconstruction import reconstruct
 from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity
 
 
@@ -79,3 +82,45 @@ def _broadcastable(rows: jax.Array, r: Reading, shape: tuple[int, ...]) -> jax.A
     order = (*r.batch, *r.contracted)
     split = rows.reshape([shape[a] for a in order])
     return jnp.expand_dims(jnp.transpose(split, [order.index(a) for a in sorted(order)]), r.output)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanda(Method):
+    """Sets to 0 what `wanda_mask` does not keep: the weights that matter least for the outputs on the data.
+
+    Args:
+      sparsity: fraction of zeros in [0, 1]; or (n, m), to keep n of every m consecutive inputs.
+      reconstruct: whether to adjust the kept weights by `reconstruct`, so that they make up for the others. It needs
+        the second moment of the inputs.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> params, x = {"kernel": jnp.array([[3.0], [2.0]])}, jnp.array([[1.0, 5.0], [0.0, 5.0]])
+    >>> stats = jw.capture(lambda params, x: x @ params["kernel"], params, [x])
+    >>> print(Wanda(0.5).fit(params["kernel"], stats["kernel"]).ravel())
+    [0. 2.]
+    >>> print(Wanda(0.5, reconstruct=True).fit(params["kernel"], stats["kernel"]).ravel().round(4))
+    [0.  2.3]
+
+    References: Sun, Liu, Bair and Kolter, A Simple and Effective Pruning Approach for Large Language Models,
+    arXiv:2306.11695, 2023.
+    """
+
+    sparsity: Sparsity
+    _: dataclasses.KW_ONLY
+    reconstruct: bool = False
+
+    def __post_init__(self):
+        check_sparsity(self.sparsity, 0)
+
+    @property
+    def needs(self):  # type: ignore[override]
+        """The norms of the inputs; their second moment too, to reconstruct."""
+        return frozenset({"norm", "second_moment"} if self.reconstruct else {"norm"})
+
+    def fit(self, w, stats):
+        """Returns `w` where the mask is true, else 0; adjusted if asked for."""
+        mask = wanda_mask(w, stats.norm, self.sparsity, axes=stats.axes)
+        if self.reconstruct:
+            return reconstruct(w, mask, stats.second_moment, axes=stats.axes)
+        return jnp.where(mask, w, 0)

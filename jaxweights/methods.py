@@ -1,0 +1,15 @@
+"""Methods of `one_shot` and `compress`: what makes a new weight, once, from a weight and what it is multiplied by."""
+
+from jaxweights.core.method import Method
+from jaxweights.techniques.sparsification.one_shot.magnitude import Magnitude
+from jaxweights.techniques.sparsification.one_shot.packing import Pack
+from jaxweights.techniques.sparsification.one_shot.sparsegpt import SparseGPT
+from jaxweights.techniques.sparsification.one_shot.wanda import Wanda
+
+__all__ = [
+    "Magnitude",
+    "Method",
+    "Pack",
+    "SparseGPT",
+    "Wanda",
+]
