@@ -7,9 +7,23 @@ Ten techniques, each a small pure function, each at every level where it makes s
 import importlib
 from typing import TYPE_CHECKING
 
-from jaxweights import axes, calibration, initializers, plots, projections, pruning, scores, sparse, typing, units
+from jaxweights import (
+    axes,
+    calibration,
+    initializers,
+    methods,
+    plots,
+    projections,
+    pruning,
+    scores,
+    sparse,
+    typing,
+    units,
+)
 from jaxweights.core.axes import Axes
+from jaxweights.core.guesses import AxesWarning
 from jaxweights.core.joint import JointTransform
+from jaxweights.core.stale import StaleStateWarning
 from jaxweights.core.stored import matmul
 from jaxweights.core.transform import Transform
 from jaxweights.core.wrappers import Around, Chain
@@ -20,12 +34,18 @@ from jaxweights.levels.optax.weight_decay import add_weight_decay
 from jaxweights.levels.tree import TreeState, on_tree
 from jaxweights.models.capture import capture
 from jaxweights.models.data_init import data_dependent_init
+from jaxweights.models.describe import describe
 from jaxweights.models.fold_batch_norm import fold_batch_norms
 from jaxweights.models.layout import layout
 from jaxweights.models.mup import mup_init, scale_by_mup
+from jaxweights.models.norm_folds import norm_folds
+from jaxweights.models.one_shot.compress import compress
+from jaxweights.models.one_shot.one_shot import one_shot
 from jaxweights.models.reinitialize import reinitialize
+from jaxweights.models.stored import densify, with_stored
 from jaxweights.models.summary import summarize
 from jaxweights.models.tie import tie
+from jaxweights.programs.norms.folds import Fold
 from jaxweights.techniques.batch_norm import (
     batch_norm,
     batch_renorm,
@@ -38,6 +58,7 @@ from jaxweights.techniques.initialization import he_normal, he_uniform, xavier_n
 from jaxweights.techniques.layer_norm import group_norm, instance_norm, layer_norm, rms_norm
 from jaxweights.techniques.quantization import FakeQuantize, QuantizedArray, dequantize, fake_quantize, quantize
 from jaxweights.techniques.sparsification import (
+    KeepZeros,
     Prune,
     Regrow,
     Sparsify,
@@ -68,18 +89,22 @@ __version__ = "0.1.0"
 __all__ = [
     "Around",
     "Axes",
+    "AxesWarning",
     "Chain",
     "ClipNorm",
     "ClipWeights",
     "ConvSpectralNorm",
     "FakeQuantize",
+    "Fold",
     "JointTransform",
+    "KeepZeros",
     "Prune",
     "QuantizedArray",
     "Regrow",
     "ShareWeights",
     "Sparsify",
     "SpectralNorm",
+    "StaleStateWarning",
     "Transform",
     "TreeState",
     "WeightNorm",
@@ -94,11 +119,14 @@ __all__ = [
     "clip_norm",
     "clip_weights",
     "cluster",
+    "compress",
     "confine",
     "conv_index",
     "conv_spectral_norm",
     "data_dependent_init",
+    "densify",
     "dequantize",
+    "describe",
     "fake_quantize",
     "fold_batch_norm",
     "fold_batch_norms",
@@ -114,9 +142,12 @@ __all__ = [
     "magnitude_mask",
     "matmul",
     "merge_stats",
+    "methods",
     "mup_init",
     "nnx",
+    "norm_folds",
     "on_tree",
+    "one_shot",
     "plots",
     "project",
     "projections",
@@ -144,6 +175,7 @@ __all__ = [
     "weight_decay",
     "weight_normalize",
     "weight_standardize",
+    "with_stored",
     "xavier_normal",
     "xavier_uniform",
 ]

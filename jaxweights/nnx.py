@@ -2,9 +2,11 @@
 
 from jaxweights.levels.nnx.batch_norm import BatchNorm
 from jaxweights.levels.nnx.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
-from jaxweights.levels.nnx.transformed import TransformVariable, fold, transformed, update_state
+from jaxweights.levels.nnx.state import TransformVariable, init_state, update_state
+from jaxweights.levels.nnx.transformed import StoredWeightsWarning, fold, transformed
 from jaxweights.models.nnx.capture import capture
-from jaxweights.models.nnx.fold_batch_norm import fold_batch_norms
+from jaxweights.models.nnx.compress import compress
+from jaxweights.models.nnx.fold_batch_norm import fold_batch_norms, norm_folds
 from jaxweights.models.nnx.layout import layout
 
 __all__ = [
@@ -13,11 +15,15 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "RMSNorm",
+    "StoredWeightsWarning",
     "TransformVariable",
     "capture",
+    "compress",
     "fold",
     "fold_batch_norms",
+    "init_state",
     "layout",
+    "norm_folds",
     "transformed",
     "update_state",
 ]

@@ -1,6 +1,6 @@
 """Types that public functions take and return, for annotations."""
 
-from jaxweights.core.stored import Stored
+from jaxweights.core.stored import FollowedStored, Stored
 from jaxweights.core.transform import Number, Scalar, State
 from jaxweights.levels.paths import Where
 from jaxweights.levels.tree import TreeTransform
@@ -14,6 +14,7 @@ from jaxweights.techniques.spectral import SpectralEstimate
 
 __all__ = [
     "Distribution",
+    "FollowedStored",
     "Initializer",
     "Layout",
     "Number",

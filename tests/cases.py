@@ -80,6 +80,13 @@ def per_feature(w, value):
     return jnp.full(w.shape[-1:], value, w.dtype)
 
 
+def folded_after(w):
+    """The kernel (*window, out, in) of a layer behind a batch norm, plus the bias."""
+    stats = {"mean": per_feature(w, 1e-3), "var": per_feature(w, 2)}  # the bias sums up 288 entries: within float16
+    kernel, bias = jw.fold_batch_norm(w, **stats, axes=jw.axes.CONV_TRANSPOSE_KERNEL, follows=True)
+    return kernel + bias[None, None, :, None]
+
+
 TRANSFORMS = [
     Case("weight_norm", lambda: jw.WeightNorm(), kind="learned"),
     Case("weight_norm attention", lambda: jw.WeightNorm(jw.axes.ATTENTION_IN), shape=ATTENTION),
@@ -140,6 +147,7 @@ TRANSFORMS = [
     Case("prune global capped", lambda: jw.Prune(growing, distribution=jw.pruning.Global(max_sparsity=0.95))),
     Case("prune padded blocks", lambda: jw.Prune(growing, structure=jw.pruning.Blocks(5, 3, pool="mean"))),
     Case("prune n:m stack", lambda: jw.Prune((2, 4), axes=stack_axes, straight_through=True), shape=STACK),
+    Case("keep_zeros", lambda: jw.Chain(jw.Sparsify(0.5), jw.KeepZeros())),
     Case("regrow", lambda: jw.Regrow(jw.Prune(0.7), grow=jw.scores.random, fraction=halving, every=1)),
     Case(
         "chain",
@@ -168,6 +176,11 @@ FUNCTIONS = [
         function=lambda w: jw.fold_batch_norm(w, mean=per_feature(w, 1), var=per_feature(w, 2))[0],
         shape=CONV,
     ),
+    Case(
+        "fold_batch_norm follows",
+        function=folded_after,
+        shape=CONV,
+    ),
     Case("layer_norm", function=lambda x: jw.layer_norm(x, per_feature(x, 2), per_feature(x, 1))),
     Case("layer_norm features", function=lambda x: jw.layer_norm(x, per_feature(x, 2), axis=0, feature_axes=1)),
     Case("rms_norm", function=lambda x: jw.rms_norm(x, per_feature(x, 2))),
@@ -191,6 +204,11 @@ FUNCTIONS = [
         function=lambda w: w + jw.initializers.orthogonal(KEY, w.shape, w.dtype, axes=jw.axes.ATTENTION_IN),
         shape=ATTENTION,
     ),
+    Case(
+        "with_stored",
+        function=lambda w: jw.with_stored(lambda q, x: x @ q)(jw.quantize(w, 8), jnp.eye(w.shape[0], dtype=w.dtype)),
+    ),
+    Case("densify", function=lambda w: jw.densify({"w": jw.quantize(w, 8)})["w"]),
     Case("sparse", function=lambda w: w + jw.initializers.sparse(KEY, w.shape, w.dtype, sparsity=0.5)),
 ]
 

@@ -47,7 +47,9 @@ from flax import nnx
 import jaxweights as jw
 
 FLAT = {"weight_transform": {"layers_0/kernel": {"v": W[0]}}}
+WANDA = jw.methods.Wanda(0.5)
 SPECTRAL_DENSE = jw.linen.Transformed(nn.Dense(3), spectral)
+ELSEWHERE = {"weight_transform": {"other": {"kernel": {"v": W[0]}}}}
 
 CASES = [
     # Linen.
@@ -63,6 +65,27 @@ CASES = [
     ("linen state by path", lambda: linen_apply(prune, {"params": DENSE, **FLAT}), V, "nest it, as the parameters"),
     ("linen update, plain", lambda: jw.linen.update_state(nn.Dense(3), {"params": DENSE}), T, "and its part of"),
     ("linen update, no state", lambda: jw.linen.update_state(SPECTRAL_DENSE, {"params": DENSE}), V, COLLECTIONS),
+    ("linen state of NNX", lambda: jw.linen.init_state(dense(), {"params": DENSE}, KEY), T, "NNX has nnx.init_state"),
+    ("linen state of params", lambda: jw.linen.init_state(SPECTRAL_DENSE, DENSE, KEY), T, 'pass {"params": params}'),
+    ("linen state, no call", lambda: jw.linen.init_state(nn.Dense(3), {"params": DENSE}, KEY), V, "pass its arguments"),
+    (
+        "linen state, nothing wrapped",
+        lambda: jw.linen.init_state(nn.Dense(3), {"params": DENSE}, KEY, x),
+        V,
+        "the call of Dense reaches no Transformed: wrap a module",
+    ),
+    (
+        "linen state, no kernel",
+        lambda: jw.linen.init_state(SPECTRAL_DENSE, {"params": {"kernel": DENSE["kernel"]}}, KEY, x),
+        V,
+        "lack the parameters ['bias']: pass all parameters",
+    ),
+    (
+        "linen state out of reach",
+        lambda: jw.linen.init_state(SPECTRAL_DENSE, {"params": DENSE, **ELSEWHERE}, KEY, x),
+        V,
+        "no Transformed that keeps the state of ['other/kernel']",
+    ),
     ("linen norm twice told", lambda: jw.linen.BatchNorm(False).init(KEY, x, True), V, "use_running_average"),
     ("linen norm mask", lambda: jw.linen.BatchNorm(False).init(KEY, x, mask=x), T, "compare it with a number"),
     ("linen norm features", lambda: linen_norm({"mean": x[0], "var": x[0]}, True), V, "mean must have shape (6,)"),
@@ -75,8 +98,15 @@ CASES = [
     ("linen capture of a class", lambda: jw.linen.capture(nn.Dense, {"params": DENSE}, [x]), T, "linen.Module"),
     ("linen capture of NNX", lambda: jw.linen.capture(dense(), {"params": DENSE}, [x]), T, "NNX has nnx.capture"),
     ("linen capture of params", lambda: jw.linen.capture(nn.Dense(3), DENSE, [x]), T, "pass what init returned"),
+    ("linen compress of NNX", lambda: jw.linen.compress(dense(), {}, [x], WANDA), T, "NNX has nnx.compress"),
+    ("linen compress of params", lambda: jw.linen.compress(nn.Dense(3), DENSE, [x], WANDA), T, "what init returned"),
+    ("linen capture key", lambda: jw.linen.capture(nn.Dense(3), {"params": DENSE}, [x], rngs=KEY), T, "of keys, got"),
     ("linen capture where", lambda: jw.linen.capture(nn.Dense(3), {"params": DENSE}, [x], "**/w"), V, FLAX_PATHS),
+    ("linen folds of NNX", lambda: jw.linen.norm_folds(dense(), {"params": DENSE}, x), T, "NNX has nnx.norm_folds"),
+    ("linen folds, no norm", lambda: jw.linen.norm_folds(nn.Dense(3), {"params": DENSE}, x), T, '"batch_stats" among'),
     # NNX.
+    ("nnx folds of Linen", lambda: jw.nnx.norm_folds(nn.Dense(3), x), T, "Linen has linen.norm_folds"),
+    ("nnx compress of Linen", lambda: jw.nnx.compress(nn.Dense(3), [x], WANDA), T, "Linen has linen.compress"),
     ("nnx capture of Linen", lambda: jw.nnx.capture(nn.Dense(3), [x]), T, "Linen has linen.capture"),
     ("nnx capture where", lambda: jw.nnx.capture(dense(), [x], "**/w"), V, FLAX_PATHS),
     ("nnx capture a batch", lambda: jw.nnx.capture(dense(), x), T, "write [batch]"),
@@ -89,6 +119,9 @@ CASES = [
     ("nnx twice", lambda: jw.nnx.transformed(jw.nnx.transformed(dense(), clip), clip), V, CHAIN_NNX),
     ("nnx update of Linen", lambda: jw.nnx.update_state(nn.Dense(3)), T, "Linen has linen.update_state"),
     ("nnx update of a plain module", lambda: jw.nnx.update_state(dense()), V, "without a transformed module in it"),
+    ("nnx state of Linen", lambda: jw.nnx.init_state(nn.Dense(3), rngs=nnx.Rngs(0)), T, "Linen has linen.init_state"),
+    ("nnx state of a plain module", lambda: jw.nnx.init_state(dense(), rngs=nnx.Rngs(0)), V, "without a transformed"),
+    ("nnx state from a key", lambda: jw.nnx.init_state(dense(), rngs=KEY), T, "write nnx.Rngs(0)"),
     ("nnx norm features", lambda: jw.nnx.BatchNorm(3)(x), V, "one entry per feature"),
     ("nnx norm one feature", lambda: jw.nnx.BatchNorm(1)(x), V, "one entry per feature"),
     ("nnx norm features, eval", lambda: jw.nnx.BatchNorm(3, use_running_average=True)(x), V, "must have shape (4,)"),

@@ -26,6 +26,10 @@ import jaxweights as jw
 scores = jw.scores
 GLOBAL = jw.pruning.Global()
 CONFINED = jw.confine(optax.sgd(0.1), jw.Prune(0.5))
+SCHEDULED = jw.Prune(lambda step: 0.5)
+SET = jw.Regrow(jw.Prune(0.5), grow=scores.random, every=1)
+LAST = "from the last step"
+averaged = lambda t, w: {name: 0.5 * entry for name, entry in t.init(w, KEY).items()}
 prune = lambda w, *arguments, **options: jw.Prune(*arguments, **options).init(w, KEY)
 CASES = [
     ("keep_largest of integers", lambda w: jw.pruning.keep_largest(integers(w), 0.5), T, FLOAT),
@@ -106,6 +110,21 @@ CASES = [
         V,
         "Prune at 'encoder/kernel': the state has no",
     ),
+    ("averaged mask", lambda w: jw.Prune(0.5).apply(w, averaged(jw.Prune(0.5), w)), T, LAST),
+    ("averaged mask, updated", lambda w: SCHEDULED.update(w, averaged(SCHEDULED, w)), T, LAST),
+    ("averaged mask, regrown", lambda w: SET.update(w, averaged(SET, w)), T, LAST),
+    (
+        "averaged step of a mask",
+        lambda w: SET.update(w, SET.init(w, KEY) | {"step": jnp.float32(1)}),
+        T,
+        LAST,
+    ),
+    (
+        "averaged seed",
+        lambda w: SET.update(w, SET.init(w, KEY) | {"seed": jnp.ones(2)}),
+        T,
+        LAST,
+    ),
     ("Regrow of a number", lambda: jw.Regrow(0.9), T, "write Regrow(Prune(0.9))"),
     ("Regrow of a schedule", lambda: jw.Regrow(jw.Prune(lambda step: 0.5)), V, "give a number and a score of weights"),
     ("Regrow of 2:4", lambda: jw.Regrow(jw.Prune((2, 4))), V, "start must prune once, to a fraction of zeros"),
@@ -166,5 +185,7 @@ CASES = [
         V,
         "pack_mask was given",
     ),
+    ("zeros of integers", lambda w: jw.KeepZeros().init(integers(w), KEY), T, FLOAT),
+    ("no zeros known", lambda w: jw.KeepZeros().apply(w, {}), V, INIT),
     ("mask in booleans", lambda w: jw.Prune(0.5).apply(w, {"mask": w > 0}), V, INIT),
 ]

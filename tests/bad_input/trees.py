@@ -58,6 +58,19 @@ UNITS = jw.units.UnitGroup(6, (("encoder/kernel", 1), ("encoder/bias", 0)))
 SOME = jnp.arange(6) > 2
 STATS = jw.capture(lambda p, x: x @ p, W, [W.T])[""]
 
+STORED = {"a": {"w": jw.quantize(W, 8)}}
+STORED_LEAF = "selects 'a/w', which is stored as a QuantizedArray and no array: leave it out of the glob"
+
+
+def shot(method, stats=None, **options):
+    return jw.one_shot(PARAMS, method, stats, **options)
+
+
+def compressed(batches, where=None, **options):
+    method = jw.methods.Wanda(0.5)
+    return jw.compress(lambda p, x: x @ p["encoder"]["kernel"], PARAMS, batches, method, where, **options)
+
+
 CASES = [
     # Units.
     ("UnitGroup 0", lambda: jw.units.UnitGroup(0, (("w", 0),)), V, "size must be at least 1"),
@@ -75,6 +88,12 @@ CASES = [
         "inner of a slot must be at least 1",
     ),
     ("unit_groups model", lambda: jw.units.unit_groups("model", PARAMS), T, "wrap the model in one"),
+    (
+        "unit_groups of a stored weight",
+        lambda: jw.units.unit_groups(lambda p, x: x, {"a": jw.quantize(jnp.ones((2, 2)), 8)}, jnp.ones(2)),
+        T,
+        "jaxweights.densify",
+    ),
     ("unit_norms group", lambda: jw.units.unit_norms(PARAMS, 6), T, "take one of unit_groups"),
     (
         "unit_norms path",
@@ -124,11 +143,13 @@ CASES = [
     ),
     # Summaries and plots.
     ("summarize nothing", lambda: jw.summarize({}), V, "params has no floating-point array, got dict"),
-    ("summarize axes of no weight", lambda: jw.summarize(PARAMS, axes={"a": jw.Axes()}), V, "It has: encoder/bias, "),
-    ("summarize axes", lambda: jw.summarize(PARAMS, axes=jw.Axes()), T, "axes must be a dict {path: Axes}"),
+    ("summarize layout of others", lambda: jw.summarize(PARAMS, layout={"a": jw.Axes()}), V, "It has: encoder/bias, "),
+    ("summarize layout", lambda: jw.summarize(PARAMS, layout=jw.Axes()), T, "layout must be a mapping {path: Axes}"),
+    ("describe nothing", lambda: jw.describe({"a": 1}), V, "params has no floating-point array, got dict"),
+    ("describe where", lambda: jw.describe(PARAMS, "**/weight"), V, PATHS),
     (
         "summarize axes that do not fit",
-        lambda: jw.summarize(PARAMS, axes={"encoder/bias": jw.Axes()}),
+        lambda: jw.summarize(PARAMS, layout={"encoder/bias": jw.Axes()}),
         V,
         "summarize at 'encoder/bias': axes names input axis -2",
     ),
@@ -141,6 +162,11 @@ CASES = [
     # Trees.
     ("fold no such norm", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"m": "a"}), V, "There are: n"),
     ("fold no such layer", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"n": "b"}), V, "Kernels are at: a"),
+    ("fold no layer", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"n": jw.Fold(None)}), V, "keep_norms=True"),
+    ("fold no Fold", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"n": 1}), T, "see norm_folds"),
+    ("fold no eps", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"n": "a"}, eps={}), V, "give one ε for all"),
+    ("fold layout", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {"n": "a"}, layout=1), T, "jaxweights.layout"),
+    ("norm_folds model", lambda: jw.norm_folds("model", DENSE_NORM, NORM_STATS), T, "wrap the model in one"),
     ("fold leaves out", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {}), V, "name the layer before each"),
     ("fold pairs", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, [("n", "a")]), T, "{batch norm: layer}"),
     ("on_tree of a function", lambda: lift(jnp.abs), T, "on_tree needs a jaxweights.Transform"),
@@ -158,6 +184,12 @@ CASES = [
     ("biases only", lambda: lift(norm, None, BIASES), V, "tree are: encoder/bias (6,)"),
     ("no tree", lambda: lift(norm, None, None), V, "The floating-point arrays of this tree are: none"),
     ("integers only", lambda: lift(norm, None, tree(integers(W))), V, "tree are: none"),
+    ("where a stored weight", lambda: lift(norm, "**/w", STORED), V, STORED_LEAF),
+    ("a rule for a stored weight", lambda: lift({"**/w": clip}, None, STORED), V, STORED_LEAF),
+    ("redraw a stored weight", lambda: redraw({"**/w": jw.he_normal}, STORED), V, STORED_LEAF),
+    ("decay a stored weight", lambda: jw.add_weight_decay(0.1, "**").init(STORED), V, STORED_LEAF),
+    ("stored weights only", lambda: lift(norm, None, STORED), V, "are: none. Others are stored: jaxweights.densify("),
+    ("with_stored of a tree", lambda: jw.with_stored(STORED), T, "write with_stored(model.apply)(params, x)"),
     ("tree axes", lambda w: jw.on_tree(narrow).apply(tree(w), NO_STATE), V, at("ClipNorm", "axes names")),
     ("tree axes, init", lambda w: lift(jw.SpectralNorm(axes=beyond), None, tree(w)), V, at(SN, "axes names")),
     ("bias by 2-D axes", lambda: lift(jw.WeightNorm(jw.Axes()), "**"), V, "WeightNorm at 'encoder/bias': axes names"),
@@ -200,9 +232,9 @@ CASES = [
     ("capture no batch", lambda: fed([]), V, "give at least one batch"),
     ("capture one batch", lambda: fed(W), T, "batches must be an iterable of batches, got ArrayImpl: write [batch]"),
     ("capture where", lambda: fed([W.T], "**/w"), V, PATHS),
-    ("capture a weight not used", lambda: fed([W.T], ["**/kernel", "**/bias"]), V, "no product of data with"),
-    ("capture no weight", lambda: jw.capture(lambda p, x: x, PARAMS, [W]), V, "leave out of `where` what is not used"),
-    ("capture two readings", lambda: jw.capture(lambda p, x: x @ p @ p.T, W, [W.T]), V, "read as Axes"),
+    ("capture a weight not used", lambda: fed([W.T], ["**/kernel", "**/bias"]), V, "'encoder/bias' (not used)"),
+    ("capture no weight", lambda: jw.capture(lambda p, x: x, PARAMS, [W]), V, "all of 'encoder/kernel' (not used)"),
+    ("capture two readings", lambda: jw.capture(lambda p, x: x @ p @ p.T, W, [W.T]), V, "(read in two ways, in="),
     (
         "no second moment",
         lambda: jw.calibration.InputStats(W[0, 0], W[0], W[0], None).second_moment,
@@ -211,6 +243,28 @@ CASES = [
     ),
     ("Wanda of statistics", lambda: jw.wanda_mask(W, STATS, 0.5), T, "got InputStats: give its .norm"),
     ("SparseGPT of statistics", lambda: jw.sparsegpt(W, STATS, 0.5), T, "got InputStats: give its .second_moment"),
+    # One-shot methods.
+    ("Wanda of 1.5", lambda: jw.methods.Wanda(1.5), V, "sparsity must be in [0, 1], got 1.5"),
+    ("Magnitude of a list", lambda: jw.methods.Magnitude([2, 4]), T, "write (2, 4)"),
+    ("SparseGPT damping", lambda: jw.methods.SparseGPT(0.5, damping=-1), V, "damping must be at least 0"),
+    ("Pack of 0.5", lambda: jw.methods.Pack(0.5), T, "write (2, 4) for 2:4"),
+    ("Pack what is dense", lambda: shot(jw.methods.Pack()), V, "Pack at 'encoder/kernel': w does not fit 2:4"),
+    ("Pack first", lambda: shot([jw.methods.Magnitude((2, 4)), jw.methods.Pack()] * 2), V, "stores a weight last"),
+    ("one_shot without data", lambda: shot(jw.methods.Wanda(0.5)), V, "Wanda at 'encoder/kernel': there are no stat"),
+    ("one_shot of a class", lambda: shot(jw.methods.Wanda), T, "make an instance, Wanda(...)"),
+    ("one_shot of a transform", lambda: shot(jw.Prune(0.5)), T, "transforms go to on_tree"),
+    ("one_shot of nothing", lambda: shot(()), V, "give a method, or several in order"),
+    ("one_shot by no rules", lambda: shot({}), V, "give {glob: method}, or one method"),
+    ("one_shot by bad keys", lambda: shot({3: jw.methods.Wanda(0.5)}), T, "got the key 3"),
+    ("one_shot where", lambda: shot(jw.methods.Magnitude(0.5), where="**/w"), V, PATHS),
+    ("one_shot layout", lambda: shot(jw.methods.Magnitude(0.5), layout={"encoder/kernel": 0}), T, "jaxweights.layout"),
+    ("one_shot of other stats", lambda: shot(jw.methods.Wanda(0.5), {"x": STATS}), V, "capture them with this tree"),
+    ("one_shot without fit", lambda: shot(jw.methods.Method()), T, "Method at 'encoder/kernel': Method defines no fit"),
+    ("compress no function", lambda: jw.compress(PARAMS, PARAMS, [W], jw.methods.Pack()), T, "f must be a function"),
+    ("compress one batch", lambda: compressed(W), T, "batches must be an iterable of batches, got ArrayImpl"),
+    ("compress no batch", lambda: compressed([]), V, "give at least one batch"),
+    ("compress a bias", lambda: compressed([W.T], "**/*"), V, "'encoder/bias'"),
+    ("compress a bias in turn", lambda: compressed([W.T], "**/*", sequential=True), V, "'encoder/bias'"),
     # Optax.
     ("project without params", lambda: step(project, PARAMS, None), V, UPDATE),
     ("project a class", lambda: jw.project(jw.ClipWeights), T, "make an instance, ClipWeights(...)"),

@@ -40,7 +40,12 @@ MODES = {
 TRACED = ["checking_leaks", "x64", "bfloat16 products"]
 """Modes that change how a program is traced, but not its values."""
 
-OWN_PROMOTION = ("models.capture.capture", "data_init.data_dependent_init", "inference.unit_groups")
+OWN_PROMOTION = (
+    "models.capture.capture",
+    "data_init.data_dependent_init",
+    "inference.unit_groups",
+    "models.norm_folds.norm_folds",
+)
 """Their examples are given models that promote ranks themselves, as `x @ w + b` does."""
 
 

@@ -1,4 +1,4 @@
-"""`capture` of weights that a program reshapes, stacks and cuts: each is the capture of the same layer written plainly."""
+"""`capture` of weights that a program reshapes, stacks and cuts, against the same layer written plainly."""
 
 import chex
 import jax
@@ -40,7 +40,8 @@ def test_a_reshaped_weight_has_the_inputs_of_the_weight(f, w, x, rows):
 
 def test_a_stack_under_vmap_has_statistics_of_each_layer():
     """Two layers for all of a stack; the inputs of the first are the same for all, and those of the second are not."""
-    params = {"a": jax.random.normal(jax.random.key(3), (3, 8, 6)), "b": jax.random.normal(jax.random.key(4), (3, 6, 2))}
+    a, b = (jax.random.key(seed) for seed in (3, 4))
+    params = {"a": jax.random.normal(a, (3, 8, 6)), "b": jax.random.normal(b, (3, 6, 2))}
 
     def mlp(params, x):
         return jnp.tanh(x @ params["a"]) @ params["b"]

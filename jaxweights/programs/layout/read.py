@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jax.extend import core
 
-from jaxweights.core.axes import Axes
+from jaxweights.core.axes import Axes, axis_tuple
 from jaxweights.core.convolution import Convolution
 from jaxweights.programs.layout.walk import Event, Fate, LayoutWalk, Value
 from jaxweights.programs.view import View
@@ -66,7 +66,11 @@ def _use(events: Sequence[Event], shape: tuple[int, ...]) -> Use:
     convolution = convolutions.pop() if len(convolutions) == 1 else None
     kinds = dict.fromkeys("convolution" if e.convolution else "product" for e in products)
     also = ", also looked up" if any(e.fate is Fate.LOOKED_UP for e in events) else ""
-    stack = ", a stack under vmap" if any(e.mapped == _STACK for e in products) else ""
+    stack = ""
+    if any(e.mapped == _STACK for e in products):
+        stack = ", a stack under vmap"
+    elif any(e.mapped is not None and _may_be_stack(e.axes) for e in products):
+        stack = ", perhaps a stack under vmap"
     return Use(first, " and ".join(kinds) + stack + also, convolution=convolution)
 
 
@@ -127,7 +131,13 @@ def _is_stack(events: Sequence[Event], shapes: Mapping[str, tuple[int, ...]]) ->
     products = [e.axes for e in events if e.fate is Fate.PRODUCT]
     if len(sizes) > 1 or () in sizes or not products or any(isinstance(axes, str) for axes in products):
         return False
-    return all(0 in axes.batch or (0 in axes.output and len(axes.output) > 1) for axes in products)
+    return all(0 in axes.batch or _may_be_stack(axes) for axes in products)
+
+
+def _may_be_stack(axes: Axes) -> bool:
+    """Whether the first axis may number the layers of a stack that all meet the same data."""
+    output = axis_tuple("output", axes.output)
+    return 0 in output and len(output) > 1
 
 
 def _one_a_step(event: Event) -> Event:

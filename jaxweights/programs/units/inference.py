@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxweights.core.stored import is_stored
 from jaxweights.levels.paths import flatten
 from jaxweights.programs.interpreter import shape
 from jaxweights.programs.units.groups import UnitGroup, UnitSlot
@@ -50,6 +51,10 @@ def unit_groups(f: Callable[..., Any], params: Any, *args: Any) -> tuple[UnitGro
     if not callable(f):
         raise TypeError(f"f must be a function (params, *args), got {type(f).__name__}: wrap the model in one")
     paths, leaves, _ = flatten(params)
+    if stored := [path for path, leaf in zip(paths, leaves, strict=True) if is_stored(leaf)]:
+        raise TypeError(
+            f"params has the stored weight {stored[0]!r}: units are cut from arrays, make them with jaxweights.densify"
+        )
     program = jax.make_jaxpr(f)(params, *args)
     walk = UnitWalk()
     shapes = list(map(shape, program.jaxpr.invars))
