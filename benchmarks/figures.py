@@ -16,7 +16,10 @@ import numpy as np
 
 EXAMPLES, RESULTS = (Path(__file__).parents[1] / folder for folder in ("examples", "benchmarks/results"))
 FILES = {
-    **{name: RESULTS / f"{name}.json" for name in ("cpu", "spectral_norm", "norms", "selection", "bf16_training")},
+    **{
+        name: RESULTS / f"{name}.json"
+        for name in ("cpu", "spectral_norm", "norms", "selection", "bf16_training", "clients")
+    },
     **{name: EXAMPLES / f"{name}.json" for name in ("minilm", "sparse_training", "gan_digits", "gan_fashion_mnist")},
 }
 """The results that the README quotes."""
@@ -173,4 +176,19 @@ def speed() -> str:
     return table([["ours", *ours], ["against", *against], ["ratio", *shown]], words=2)
 
 
-REGIONS = {f.__name__: f for f in (versions, minilm, sparse_training, gan, stochastic_rounding, accuracy, speed)}
+def clients() -> str:
+    rows = read("clients")["results"]
+    columns = {
+        "model": [f"{r['package']}: {r['name']}" for r in rows],
+        "one line": [f"`{r['line']}`" for r in rows],
+        "kernels": [f"{r['kernels']}" for r in rows],
+        "σ − 1 with the layout": [number(r["with"]) for r in rows],
+        "without": [number(r["without"]) for r in rows],
+        "warnings": [f"{r['warnings']}" for r in rows],
+    }
+    return table([[heading, *cells] for heading, cells in columns.items()], words=2)
+
+
+REGIONS = {
+    f.__name__: f for f in (versions, minilm, sparse_training, gan, stochastic_rounding, accuracy, speed, clients)
+}
