@@ -13,6 +13,8 @@ from jaxweights.core.calibration import InputStats
 from jaxweights.levels.paths import STATE, Where
 from jaxweights.models.capture import as_arguments, check_batches
 from jaxweights.models.capture import capture as capture_function
+from jaxweights.models.linen.model import call as own_call
+from jaxweights.models.linen.model import check_model
 
 
 def capture(
@@ -53,14 +55,11 @@ def capture(
     >>> print({path: (int(s.count), s.norm.shape) for path, s in stats.items()})
     {'layers_0/kernel': (10, (3,)), 'layers_2/kernel': (10, (4,))}
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a linen.Module, got {model!r}: NNX has nnx.capture, others jaxweights.capture")
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise TypeError('variables must be the collections of the module, "params" among them: pass what init returned')
+    check_model("capture", model, variables)
     if rngs is not None and not isinstance(rngs, Mapping):
         raise TypeError(f'rngs must be a dict of keys, got {type(rngs).__name__}: write {{"dropout": key}}')
     # A call in training mode may write statistics, which are then left. The state of a transform stays as it is.
-    run = nn.apply(call or _call, model, mutable=[name for name in variables if name not in ("params", STATE)])
+    run = nn.apply(call or own_call, model, mutable=[name for name in variables if name not in ("params", STATE)])
 
     def apply(params: Any, *batch: Any, rngs: Mapping[str, jax.Array] | None = None) -> Any:
         return run({**variables, "params": params}, *batch, rngs=rngs)
@@ -74,7 +73,3 @@ def capture(
     check_batches(batches)
     numbered = ((np.int32(i), *as_arguments(batch)) for i, batch in enumerate(batches))
     return capture_function(draw, variables["params"], numbered, where, **options)
-
-
-def _call(module: Any, *batch: Any) -> Any:
-    return module(*batch)

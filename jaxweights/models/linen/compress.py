@@ -8,6 +8,8 @@ from typing import Any
 import flax.linen as nn
 
 from jaxweights.levels.paths import Where
+from jaxweights.models.linen.model import call as own_call
+from jaxweights.models.linen.model import check_model
 from jaxweights.models.one_shot.compress import compress as compress_function
 from jaxweights.models.one_shot.one_shot import Methods
 
@@ -52,20 +54,11 @@ def compress(
     >>> print(jnp.count_nonzero(new["params"]["layers_0"]["kernel"], 0))
     [2 2 2 2 2 2 2 2]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a linen.Module, got {model!r}: NNX has nnx.compress, others jaxweights.compress"
-        )
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise TypeError('variables must be the collections of the module, "params" among them: pass what init returned')
-    run = nn.apply(call or _call, model)
+    check_model("compress", model, variables)
+    run = nn.apply(call or own_call, model)
 
     def apply(params: Any, *batch: Any) -> Any:
         return run({**variables, "params": params}, *batch)
 
     options = {"sequential": sequential, "progress": progress}
     return {**variables, "params": compress_function(apply, variables["params"], batches, method, where, **options)}
-
-
-def _call(module: Any, *batch: Any) -> Any:
-    return module(*batch)

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxweights.models.layout import Layout, layout_with_state
+from jaxweights.models.linen.model import check_model
 
 
 def layout(
@@ -35,10 +36,7 @@ def layout(
     >>> list(found), found.skipped
     (['layers_0/kernel', 'layers_2/kernel'], {'layers_0/bias': 'added', 'layers_2/bias': 'added'})
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a linen.Module, got {model!r}: NNX has nnx.layout, others jaxweights.layout")
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise TypeError('variables must be the collections of the module, "params" among them: pass what init returned')
+    check_model("layout", model, variables)
     rest = {name: collection for name, collection in variables.items() if name != "params"}
     options = {name: kwargs.pop(name) for name in ("rngs", "mutable", "method") if name in kwargs}
     options.setdefault("mutable", [*rest, "intermediates"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from jaxweights.models.linen.model import check_model
 from jaxweights.models.norm_folds import norm_folds as norm_folds_of_function
 from jaxweights.programs.norms.folds import Fold
 
@@ -33,13 +34,7 @@ def norm_folds(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwa
     >>> print({norm: fold.layer for norm, fold in folds.items()})
     {'layers_1': 'layers_0'}
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a linen.Module, got {model!r}: NNX has nnx.norm_folds, others norm_folds")
-    if not isinstance(variables, Mapping) or not {"params", "batch_stats"} <= variables.keys():
-        raise TypeError(
-            'variables must be the collections of the module, "params" and "batch_stats" among them: pass what init '
-            "returned"
-        )
+    check_model("norm_folds", model, variables, "batch_stats")
     rest = {name: collection for name, collection in variables.items() if name not in ("params", "batch_stats")}
 
     def apply(params: Any, stats: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:

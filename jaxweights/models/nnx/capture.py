@@ -10,6 +10,7 @@ from flax import nnx
 from jaxweights.core.calibration import InputStats
 from jaxweights.levels.paths import Where
 from jaxweights.models.capture import capture as capture_function
+from jaxweights.models.nnx.model import split
 
 
 def capture(
@@ -47,18 +48,9 @@ def capture(
     >>> print({path: (int(s.count), s.norm.shape) for path, s in stats.items()})
     {'layers/0/kernel': (10, (3,)), 'layers/2/kernel': (10, (4,))}
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"model must be an nnx.Module, got {model!r}: Linen has linen.capture, others jaxweights.capture"
-        )
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    run = call or _call
+    run, _, params, rest = split("capture", model, call)
 
     def apply(params: Any, *batch: Any) -> Any:
-        return run(nnx.merge(graph, params, rest, copy=True), *batch)
+        return run(params, rest, *batch)
 
     return capture_function(apply, params, batches, where, second_moment=second_moment, progress=progress)
-
-
-def _call(module: Any, *batch: Any) -> Any:
-    return module(*batch)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from jaxweights.levels.paths import Where
+from jaxweights.models.nnx.model import split
 from jaxweights.models.one_shot.compress import compress as compress_function
 from jaxweights.models.one_shot.one_shot import Methods
 
@@ -53,19 +54,10 @@ def compress(
     >>> print(jnp.count_nonzero(new.layers[0].kernel[...], 0))
     [2 2 2 2 2 2 2 2]
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"model must be an nnx.Module, got {model!r}: Linen has linen.compress, others jaxweights.compress"
-        )
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    run = call or _call
+    run, merge, params, rest = split("compress", model, call)
 
     def apply(params: Any, *batch: Any) -> Any:
-        return run(nnx.merge(graph, params, rest, copy=True), *batch)
+        return run(params, rest, *batch)
 
     options = {"sequential": sequential, "progress": progress}
-    return nnx.merge(graph, compress_function(apply, params, batches, method, where, **options), rest, copy=True)
-
-
-def _call(module: Any, *batch: Any) -> Any:
-    return module(*batch)
+    return merge(compress_function(apply, params, batches, method, where, **options), rest)

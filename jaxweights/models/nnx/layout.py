@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from jaxweights.models.layout import Layout, layout_with_state
+from jaxweights.models.nnx.model import split
 
 
 def layout(model: nnx.Module, *args: Any, call: Callable[..., Any] | None = None, **kwargs: Any) -> Layout:
@@ -32,12 +33,5 @@ def layout(model: nnx.Module, *args: Any, call: Callable[..., Any] | None = None
     >>> print(layout(model, jnp.ones((5, 3))).skipped)
     {'bias': 'added'}
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be an nnx.Module, got {model!r}: Linen has linen.layout, others jaxweights.layout")
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def apply(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
-        merged = nnx.merge(graph, params, rest, copy=True)
-        return call(merged, *args, **kwargs) if call else merged(*args, **kwargs)
-
-    return layout_with_state(apply, params, rest, args, kwargs)
+    run, _, params, rest = split("layout", model, call)
+    return layout_with_state(run, params, rest, args, kwargs)
