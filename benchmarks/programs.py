@@ -37,7 +37,7 @@ QUICK = Size(leaves=3, side=64, batch=256, features=64, rows=16, many=50)
 def weights(size: Size, dtype=jnp.float32) -> dict[str, jax.Array]:
     keys = jax.random.split(KEY, size.leaves)
     shape = (size.side, size.side)
-    return {f"layer_{i}": 0.05 * jax.random.normal(k, shape).astype(dtype) for i, k in enumerate(keys)}
+    return {f"layer_{i}_kernel": 0.05 * jax.random.normal(k, shape).astype(dtype) for i, k in enumerate(keys)}
 
 
 # One technique on a tree, against a read and write of the same bytes.
@@ -162,7 +162,7 @@ def nnx_modules(ours: Callable, theirs: Callable, size: Size) -> Pair:
 
 def shapes(n: int) -> dict[str, jax.ShapeDtypeStruct]:
     sides = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256))
-    return {f"layer_{i}": jax.ShapeDtypeStruct(sides[i % 5], jnp.float32) for i in range(n)}
+    return {f"layer_{i}_kernel": jax.ShapeDtypeStruct(sides[i % 5], jnp.float32) for i in range(n)}
 
 
 def tree_compilation(transform: jw.Transform, n: int) -> Program:

@@ -18,10 +18,10 @@ OF_EACH_KIND = [case for case in TRANSFORMS if case.kind]
     "cases", [pytest.param(OF_EACH_KIND, id="kinds"), pytest.param(TRANSFORMS, id="all", marks=pytest.mark.slow)]
 )
 def test_states_survive_a_checkpoint_and_training_resumes_bit_for_bit(cases, tmp_path):
-    """All cases share one tree, with one weight per case under its name."""
-    rules = {case.name: case.transform() for case in cases}
+    """All cases share one tree, with one kernel per case under its name."""
+    rules = {f"{case.name}_kernel": case.transform() for case in cases}
     lifted = jw.on_tree(rules)
-    params = {case.name: weight(case) for case in cases}
+    params = {f"{case.name}_kernel": weight(case) for case in cases}
     tx = optax.chain(optax.adam(0.05), jw.project(rules))
     start = lambda params: {"params": params, "transform": lifted.init(params, KEY), "optimizer": tx.init(params)}
 

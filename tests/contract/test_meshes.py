@@ -36,7 +36,7 @@ def test_on_a_mesh_no_weight_is_gathered(case, kind):
         new, expected = compiled(placed), jax.jit(case.call)(w)
     else:
         lifted = jw.on_tree(case.transform(), where="*")
-        params = {"a": w, "b": w[::-1]}
+        params = {"a_kernel": w, "b_kernel": w[::-1]}
         state = jax.jit(lifted.init)(params, KEY)
         run = lambda params, state: lifted.apply(params, lifted.update(params, state))
         same_state(

@@ -44,9 +44,13 @@ OWN_PROMOTION = (
     "models.capture.capture",
     "data_init.data_dependent_init",
     "inference.unit_groups",
+    "models.layout.layout",
     "models.norm_folds.norm_folds",
+    "one_shot.one_shot",
+    "linen.transformed.Transformed",
+    "nnx.transformed.transformed",
 )
-"""Their examples are given models that promote ranks themselves, as `x @ w + b` does."""
+"""Their examples have models that promote ranks themselves, as `x @ w + b` does, or optax promote dtypes."""
 
 
 def over(modes, slow=()):
@@ -102,7 +106,7 @@ def test_keys_may_be_of_any_kind(case):
 @pytest.mark.parametrize("example", examples())
 def test_examples_give_what_they_say(example, mode):
     if mode == "raising" and example.name.endswith(OWN_PROMOTION):
-        pytest.skip("the model of this example promotes ranks itself")
+        pytest.skip("the model or the optimizer of this example promotes by itself")
     # 64-bit floats print other dtypes and sizes.
     check = doctest.OutputChecker() if mode != "x64" else AnyOutput()
     runner = doctest.DebugRunner(checker=check, verbose=False)

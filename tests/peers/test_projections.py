@@ -71,12 +71,12 @@ def test_keras(axis):
 
 
 def test_optax_takes_a_tree_as_one_vector_and_we_project_each_unit():
-    params = {"kernel": jnp.asarray(K), "head": jnp.asarray(K[0, 0])}
+    params = {"kernel": jnp.asarray(K), "head_kernel": jnp.asarray(K[0, 0])}
     tx = jw.project(jw.ClipNorm(1.0))
     still = {n: jnp.zeros_like(w) for n, w in params.items()}
     new = jax.jit(lambda p: optax.apply_updates(p, tx.update(still, tx.init(p), p)[0]))(params)
     assert norm(K, (0, 1, 2)).min() > 1
     np.testing.assert_allclose(norm(new["kernel"], (0, 1, 2)), 1, rtol=1e-6)
-    np.testing.assert_allclose(norm(new["head"], 0), np.minimum(1, norm(params["head"], 0)), rtol=1e-6)
+    np.testing.assert_allclose(norm(new["head_kernel"], 0), np.minimum(1, norm(params["head_kernel"], 0)), rtol=1e-6)
     together = optax.projections.projection_l2_ball(params, 1.0)
     assert norm(np.concatenate([np.ravel(w) for w in together.values()]), 0) == pytest.approx(1, rel=1e-5)
