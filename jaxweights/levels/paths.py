@@ -111,8 +111,12 @@ def check_layout(layout: Any) -> None:
     """Raises unless `layout` is None or a mapping {path: Axes}."""
     if layout is None:
         return
-    if not isinstance(layout, Mapping) or not all(isinstance(axes, Axes) for axes in layout.values()):
-        raise TypeError(f"layout must be a mapping {{path: Axes}}, got {layout!r}: make one with jaxweights.layout")
+    if not isinstance(layout, Mapping):
+        got = type(layout).__name__
+        raise TypeError(f"layout must be a mapping {{path: Axes}}, got {got}: make one with jaxweights.layout")
+    for path, axes in layout.items():
+        if not isinstance(axes, Axes):
+            raise TypeError(f"layout must be a mapping {{path: Axes}}, got {axes!r} at {path!r}: see jaxweights.layout")
 
 
 def check_params(name: str, params: Any) -> None:
