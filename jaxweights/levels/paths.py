@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from jaxweights.core.axes import Axes
 from jaxweights.core.inference import infer
@@ -55,8 +54,15 @@ def flatten(tree: Any) -> FlatTree:
 def entries(tree: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
     """{path: {name: leaf}} of nested dicts, as modules keep the state of their transforms."""
     found: dict[str, dict[str, Any]] = {}
-    for (*path, name), leaf in flatten_dict(tree).items():
-        found.setdefault("/".join(map(str, path)), {})[name] = leaf
+
+    def visit(path: tuple[str, ...], node: Mapping[Any, Any]) -> None:
+        for name, below in node.items():
+            if isinstance(below, Mapping):
+                visit((*path, str(name)), below)
+            else:
+                found.setdefault("/".join(path), {})[name] = below
+
+    visit((), tree)
     return found
 
 

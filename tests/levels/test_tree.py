@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import subprocess
+import sys
 
 import equinox as eqx
 import flax
@@ -218,3 +220,9 @@ def test_weights_of_one_shape_are_traced_once():
     lifted = jw.on_tree(Counted())
     jax.eval_shape(lambda params: lifted.apply(params, lifted.init(params, jax.random.key(0))), params)
     assert traces == {(4, 3): 1, (4, 4): 1}
+
+
+def test_importing_the_library_leaves_flax_for_later():
+    """Flax takes longer to import than the library: `jaxweights.linen` and `jaxweights.nnx` do so when asked for."""
+    code = "import sys, jaxweights; assert 'flax' not in sys.modules; jaxweights.linen; assert 'flax' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
