@@ -19,7 +19,10 @@ CALLS = {
 def called(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
     """The program that a call runs."""
     (program,) = (p for p in eqn.params.values() if isinstance(p, core.Jaxpr | core.ClosedJaxpr))
-    return core.ClosedJaxpr(program, ()) if isinstance(program, core.Jaxpr) else program
+    # From jax 0.12 on a `Jaxpr` has its constants, too.
+    if isinstance(program, core.Jaxpr) and not hasattr(program, "consts"):
+        return core.ClosedJaxpr(program, ())
+    return program  # type: ignore[return-value]
 
 
 class ScanOperands(NamedTuple, Generic[T]):
@@ -38,5 +41,10 @@ class ScanOperands(NamedTuple, Generic[T]):
 
 def scan_operands(eqn: core.JaxprEqn, ins: Sequence[T]) -> ScanOperands[T]:
     """What belongs to each operand of a `scan`, by the operand's role."""
-    first, last = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
-    return ScanOperands(list(ins[:first]), list(ins[first:last]), list(ins[last:]))
+    p = eqn.params
+    if "ft_in" in p:  # from jax 0.12 on: a tree of the three
+        n_consts, n_carry, _ = map(len, p["ft_in"].unpack())
+    else:
+        n_consts, n_carry = p["num_consts"], p["num_carry"]
+    last = n_consts + n_carry
+    return ScanOperands(list(ins[:n_consts]), list(ins[n_consts:last]), list(ins[last:]))
