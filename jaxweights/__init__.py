@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from jaxweights import (
     axes,
     calibration,
+    formats,
     initializers,
     methods,
     plots,
     projections,
     pruning,
+    ranges,
     scores,
     sparse,
     typing,
@@ -56,7 +58,15 @@ from jaxweights.techniques.batch_norm import (
 )
 from jaxweights.techniques.initialization import he_normal, he_uniform, xavier_normal, xavier_uniform
 from jaxweights.techniques.layer_norm import group_norm, instance_norm, layer_norm, rms_norm
-from jaxweights.techniques.quantization import FakeQuantize, QuantizedArray, dequantize, fake_quantize, quantize
+from jaxweights.techniques.quantization import (
+    LSQ,
+    FakeQuantize,
+    QuantizedArray,
+    dequantize,
+    fake_quantize,
+    int8_matmul,
+    quantize,
+)
 from jaxweights.techniques.sparsification import (
     KeepZeros,
     Prune,
@@ -87,6 +97,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LSQ",
     "Around",
     "Axes",
     "AxesWarning",
@@ -130,12 +141,14 @@ __all__ = [
     "fake_quantize",
     "fold_batch_norm",
     "fold_batch_norms",
+    "formats",
     "group_norm",
     "hash_index",
     "he_normal",
     "he_uniform",
     "initializers",
     "instance_norm",
+    "int8_matmul",
     "layer_norm",
     "layout",
     "linen",
@@ -153,6 +166,7 @@ __all__ = [
     "projections",
     "pruning",
     "quantize",
+    "ranges",
     "reconstruct",
     "reinitialize",
     "rms_norm",

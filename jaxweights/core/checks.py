@@ -14,8 +14,11 @@ import numpy as np
 def check_weight(w, name: str = "w") -> jax.Array:
     """`w` as a JAX array, or an error unless it is an array of a real floating dtype."""
     if not isinstance(w, jax.Array | np.ndarray | np.generic | float) or isinstance(w, bool):
-        convert = "for a tree use jax.tree.map, or on_tree with a transform; else convert it with jnp.asarray"
-        remedy = f"give its .{name}" if hasattr(w, name) else convert
+        remedy = "for a tree use jax.tree.map, or on_tree with a transform; else convert it with jnp.asarray"
+        if hasattr(w, name):
+            remedy = f"give its .{name}"
+        elif hasattr(type(w), "todense"):
+            remedy = "make it an array with .todense()"
         raise TypeError(f"{name} must be a floating-point array, got {type(w).__name__}: {remedy}")
     dtype = jnp.result_type(w)
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -96,6 +99,16 @@ def check_choice(name: str, value, choices: Sequence[str]) -> None:
     """Raises unless `value` is one of the strings."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_key(key) -> None:
+    """Raises unless `key` is one key, of the typed or of the old kind."""
+    if isinstance(key, jax.Array):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.ndim == (0 if typed else 1) and (typed or key.dtype == jnp.uint32):
+            return
+        raise TypeError(f"key must be one key, got shape {key.shape} and dtype {key.dtype}: write jax.random.key(0)")
+    raise TypeError(f"key must be a key, got {type(key).__name__} {key!r}: write jax.random.key(0)")
 
 
 def check_mask(where, shape: tuple[int, ...]) -> jax.Array:

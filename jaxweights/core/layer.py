@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
+
 from jaxweights.core.axes import Axes, Reading
 
 
@@ -72,3 +74,22 @@ def transpose(axes: Axes, shape: Sequence[int], permutation: Sequence[int]) -> A
         return tuple(map(list(permutation).index, which))
 
     return Axes(*map(place, (r.input, r.output, r.batch, r.window)), groups=r.groups)
+
+
+def stored_matrix(w: jax.Array, axes: Axes | None) -> tuple[jax.Array, Layer]:
+    """(w as matrices (*batch, [groups,] rows, columns), its layer). The batch axes lead, in the order that they have."""
+    layer = Layer.of(axes, w.shape)
+    _, ordered = layer.with_batch([w.shape[a] for a in sorted(Reading.of(axes, w.shape).batch)])
+    return ordered.matrix(w), layer
+
+
+def transposed_layer(
+    axes: Axes, shape: Sequence[int], permutation: Sequence[int]
+) -> tuple[Layer, Sequence[int]] | None:
+    """(layer, order of the batch axes) of a weight with its axes permuted; None where its rows would change places."""
+    r = Reading.of(axes, shape)
+    batch, rows = ([list(permutation).index(a) for a in which] for which in (sorted(r.batch), r.contracted))
+    if rows != sorted(rows):
+        return None
+    layer = Layer.of(transpose(axes, shape, permutation), [shape[a] for a in permutation])
+    return layer, sorted(range(len(batch)), key=batch.__getitem__)

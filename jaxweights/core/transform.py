@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxweights.core.axes import Axes, Reading
 from jaxweights.core.checks import check_exact, check_scalar, check_state, is_floating
 from jaxweights.core.convolution import Convolution
+from jaxweights.core.stored import Stored
 from jaxweights.core.tracing import is_hashable
 
 State = dict[str, jax.Array]
@@ -33,6 +34,8 @@ class Transform:
     - `update(w, state, grad)` moves it between steps. It is never differentiated.
     - `apply(w, state)` is the transformed weight. It has the shape and dtype of `w`, and is differentiable in `w` and
       in the learned entries of the state.
+    - `store(w, state)` is the same weight as it is kept after training: by default an array, under `FakeQuantize` and
+      `LSQ` a `QuantizedArray`.
 
     Training is `update`, then `apply`; evaluation is `apply` alone. A mean of the states of several steps is a state if
     all entries are floating-point; `update` it on the mean of the weights before evaluation. Masks, indices, seeds and
@@ -48,6 +51,8 @@ class Transform:
     - `unitwise`: whether the result for one output unit depends on its own weights alone, so that output and batch axes
       are alike to it.
     - `transposable`: whether a matrix and its transpose come out alike, as they do where singular values decide.
+    - `makes_zeros`: whether it sets weights to zero that are to stay so.
+    - `moves_zeros`: what to do so that zeros stay, if it gives them other values. `Chain` says so after a mask.
 
     See `jaxweights.JointTransform` for transforms that must see several weights at once.
     """
@@ -57,6 +62,8 @@ class Transform:
     takes_axes: ClassVar[bool] = False
     unitwise: ClassVar[bool] = False
     transposable: ClassVar[bool] = False
+    makes_zeros: ClassVar[bool] = False
+    moves_zeros: ClassVar[str] = ""
 
     def init(self, w: jax.Array, key: jax.Array) -> State:
         """Makes the state for the weight `w`, from a `jax.random` key if it draws."""
@@ -73,6 +80,10 @@ class Transform:
     def apply(self, w: jax.Array, state: State) -> jax.Array:
         """Returns the transformed weight."""
         raise TypeError(f"{type(self).__name__} defines no apply: a transform is at least apply(w, state)")
+
+    def store(self, w: jax.Array, state: State) -> jax.Array | Stored:
+        """Returns the transformed weight as it is kept after training."""
+        return self.apply(w, state)
 
     def anchor(self, w: jax.Array, state: State) -> float | jax.Array:
         """Returns the point towards which `project` rounds where no update gives `apply(w)` bit for bit.

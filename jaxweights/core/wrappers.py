@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,8 @@ class Chain(Wrapper):
 
     State: that of the i-th transform, under names that start with "i.".
 
+    Warns if a mask is followed by a transform that moves its zeros, as `Chain(Prune(0.9), FakeQuantize(8))` does.
+
     >>> import jax.numpy as jnp
     >>> import jaxweights as jw
     >>> chain = Chain(jw.ClipWeights(1.0), jw.Sparsify(0.5))
@@ -62,6 +65,18 @@ class Chain(Wrapper):
             raise ValueError("Chain needs at least one transform: Chain(t1, t2, ...)")
         object.__setattr__(self, "transforms", transforms)
         self.__post_init__()
+        if any(t.makes_zeros for t in transforms) and self.moves_zeros:
+            warnings.warn(
+                f"Chain moves the zeros of a mask to other values: {self.moves_zeros}, or put the mask last",
+                stacklevel=2,
+            )
+
+    def __post_init__(self):
+        super().__post_init__()
+        makers = [i for i, t in enumerate(self.transforms) if t.makes_zeros]
+        remedies = [t.moves_zeros for t in self.transforms[makers[-1] if makers else 0 :] if t.moves_zeros]
+        object.__setattr__(self, "moves_zeros", remedies[0] if remedies else "")
+        object.__setattr__(self, "makes_zeros", bool(makers) and not remedies)
 
     @property
     def parts(self):
@@ -90,6 +105,13 @@ class Chain(Wrapper):
             w = t.apply(w, state_of(part, state))
         return w
 
+    def store(self, w, state):
+        """Stores by the last transform what those before it make of the weight."""
+        *before, (last, t) = self.parts.items()
+        for part, of_part in before:
+            w = of_part.apply(w, state_of(part, state))
+        return t.store(w, state_of(last, state))
+
     def anchor(self, w, state):
         """Returns that of the last transform."""
         part, last = list(self.parts.items())[-1]
@@ -97,11 +119,18 @@ class Chain(Wrapper):
 
     def with_axes(self, axes):
         """Returns the chain of the transforms with `axes`."""
-        return Chain(*(t.with_axes(axes) for t in self.transforms))
+        return self._of(t.with_axes(axes) for t in self.transforms)
 
     def with_convolution(self, convolution):
         """Returns the chain of the transforms for the layer with this geometry."""
-        return Chain(*(t.with_convolution(convolution) for t in self.transforms))
+        return self._of(t.with_convolution(convolution) for t in self.transforms)
+
+    def _of(self, transforms: Iterable[Transform]) -> Chain:
+        """The chain of these in place of its transforms, without a second warning."""
+        chain = object.__new__(Chain)
+        object.__setattr__(chain, "transforms", tuple(transforms))
+        chain.__post_init__()
+        return chain
 
     def _in_turn(
         self, f: Callable[[int, Transform, Weights], dict[str, State]], ws: Weights, axes: Mapping[str, Axes]

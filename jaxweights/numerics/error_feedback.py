@@ -43,8 +43,9 @@ def error_feedback(
     (SparseGPT), quantization the nearest code (GPTQ).
 
     Args:
-      w: float array (rows, columns). Rows whose input never occurs, H_ii = 0, become 0 first.
-      h: float array (rows, rows), positive semidefinite.
+      w: float array (rows, columns).
+      h: float array (rows, rows), positive semidefinite. Errors of rows whose input never occurs, H_ii = 0, move no
+        others.
       damping: λ as a fraction of the mean of the diagonal of H.
       begin: (block, its number) -> state, a pytree, when all rows before the block have their values.
       visit: (i, block, state) -> (the value that row i of the block takes, state).
@@ -63,7 +64,7 @@ def error_feedback(
     u = jnp.pad(inverse_factor(h, damping), ((0, n_padding), (0, n_padding))).astype(w.dtype)
     index = jnp.arange(len(u))
     diagonal = jnp.where(index < rows, jnp.diagonal(u), 1)
-    w = jnp.pad(jnp.where((jnp.diagonal(h) > 0)[:, None], w, 0), ((0, n_padding), (0, 0)))
+    w = jnp.pad(w, ((0, n_padding), (0, 0)))
 
     def visit_block(w: jax.Array, number: jax.Array) -> tuple[jax.Array, S]:
         start = block * number

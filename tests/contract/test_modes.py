@@ -28,19 +28,31 @@ def raising():
         yield
 
 
+@contextlib.contextmanager
+def tracing_otherwise():
+    """What changes how a program is traced, but not what an example prints, at once."""
+    with jax.checking_leaks(), jax.default_matmul_precision("bfloat16"), jax.default_prng_impl("rbg"):
+        yield
+
+
 MODES = {
     "raising": raising,
     "disable_jit": jax.disable_jit,
     "checking_leaks": jax.checking_leaks,
     "x64": enable_x64,
     "bfloat16 products": lambda: jax.default_matmul_precision("bfloat16"),
-    "rbg keys": lambda: jax.default_prng_impl("rbg"),
+    "tracing otherwise": tracing_otherwise,
 }
 
 TRACED = ["checking_leaks", "x64", "bfloat16 products"]
 """Modes that change how a program is traced, but not its values."""
 
+EXAMPLE_MODES = ["raising", "disable_jit", "x64", "tracing otherwise"]
+
 OWN_PROMOTION = (
+    "bias_correction.correct_biases",
+    "equalize.equalize",
+    "smooth.smooth",
     "models.capture.capture",
     "data_init.data_dependent_init",
     "inference.unit_groups",
@@ -102,7 +114,7 @@ def test_keys_may_be_of_any_kind(case):
         assert got.shape == w.shape and got.dtype == w.dtype and np.isfinite(got).all()
 
 
-@over(MODES, slow=set(MODES) - {"raising"})
+@over(EXAMPLE_MODES, slow=set(EXAMPLE_MODES) - {"raising"})
 @pytest.mark.parametrize("example", examples())
 def test_examples_give_what_they_say(example, mode):
     if mode == "raising" and example.name.endswith(OWN_PROMOTION):

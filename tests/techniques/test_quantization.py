@@ -136,6 +136,12 @@ def test_fake_quantize_of_little(shape):
 # quantize, dequantize
 
 
+def of_weight(q, matrix):
+    """What is stored for the entries of a matrix, or for its columns, in the places of the weight, float64."""
+    full = np.broadcast_to(matrix, (*matrix.shape[:-2], q.rows, matrix.shape[-1]))
+    return np.float64(q.axes.weight(jnp.asarray(full), q.shape))
+
+
 @pytest.mark.parametrize(("bits", "dtype"), [(2, jnp.float32), (4, jnp.bfloat16), (8, jnp.float16)])
 def test_quantize(bits, dtype):
     @jax.jit
@@ -147,35 +153,36 @@ def test_quantize(bits, dtype):
     for w, q, back, (shape, _, over) in zip(weights, *run(weights), READINGS, strict=True):
         exact = np.float64(w)
         scale = np.abs(exact).max(over, keepdims=True) / largest
-        np.testing.assert_allclose(q.scale, scale, rtol=1e-6, err_msg=f"{shape}")
-        assert q.codes.dtype == jnp.int8 and q.shape == shape and q.nbytes == q.codes.size + 4 * scale.size
+        codes, stored = of_weight(q, q.codes) - 2 ** (bits - 1), of_weight(q, q.scale.values())
+        np.testing.assert_allclose(stored, np.broadcast_to(scale, shape), rtol=1e-6, err_msg=f"{shape}")
+        words = -(-q.rows * bits // 32) * (w.size // q.rows)
+        assert q.words.dtype == jnp.int32 and q.shape == shape and q.nbytes == 4 * (words + scale.size)
         position = exact / scale
         sure = np.abs(position - np.floor(position) - 0.5) > 1e-4
-        np.testing.assert_array_equal(np.asarray(q.codes)[sure], np.round(position)[sure], err_msg=f"{shape}")
+        np.testing.assert_array_equal(codes[sure], np.round(position)[sure], err_msg=f"{shape}")
         # |w − codes·s| <= s/2 for the stored scale
-        stored = np.float64(q.scale)
-        assert (np.abs(exact - np.float64(q.codes) * stored) <= stored / 2 * (1 + 1e-5)).all(), shape
+        assert (np.abs(exact - codes * stored) <= stored / 2 * (1 + 1e-5)).all(), shape
         assert back.dtype == dtype
         eps = float(jnp.finfo(dtype).eps)
-        np.testing.assert_allclose(np.float64(back), np.float64(q.codes) * stored, rtol=eps, err_msg=f"{shape}")
+        np.testing.assert_allclose(np.float64(back), codes * stored, rtol=eps, err_msg=f"{shape}")
 
 
 def test_quantize_float64_keeps_its_bound_with_a_float32_scale():
     with enable_x64(True):
         w = normal(500, 4)
         q, back = jax.jit(lambda w: (q := jw.quantize(w, 8), jw.dequantize(q)))(w)
-        scale = np.float64(q.scale)
-        assert q.scale.dtype == jnp.float32 and back.dtype == jnp.float64
+        scale, codes = np.float64(q.scale.values()), np.float64(q.codes) - 128
+        assert q.scale.codes.dtype == jnp.float32 and back.dtype == jnp.float64
         largest = np.abs(w) > 127 * scale  # beyond the range if the float32 scale was rounded down
-        assert (np.abs(w - np.float64(q.codes) * scale) <= scale / 2 * (1 + 1e-12)).all() and largest.sum() <= 4
-        product = np.float64(q.codes) * scale
+        assert (np.abs(w - codes * scale) <= scale / 2 * (1 + 1e-12)).all() and largest.sum() <= 4
+        product = codes * scale
         np.testing.assert_allclose(back, product, rtol=1e-6)
 
 
 def test_quantize_zero_units_and_nothing():
     w = jnp.array([[0.0, 1.0], [0.0, -2.0]])
     q = jw.quantize(w, 8)
-    assert q.scale[0, 0] == 0 and not q.codes[:, 0].any() and not jw.dequantize(q)[:, 0].any()
+    assert q.scale.values()[0, 0] == 0 and (q.codes[:, 0] == 128).all() and not jw.dequantize(q)[:, 0].any()
     for shape in ((0, 3), (3, 0), (0,)):
         assert jw.dequantize(jw.quantize(jnp.zeros(shape), 4)).shape == shape
 
@@ -220,7 +227,8 @@ def test_matmul(lead, bits):
     weights = [np.float32(normal(*shape)) for shape, *_ in layers]
     inputs = [np.float32(normal(*lead, *features, seed=1)) for _, _, features, _ in layers]
     for x, q, y, (shape, *_, spec) in zip(inputs, *run(inputs, weights), layers, strict=True):
-        expected = np.einsum(spec, x.astype(np.float64), np.float64(q.codes) * np.float64(q.scale))
+        scaled = (np.float64(q.codes) - 2 ** (bits - 1)) * np.float64(q.scale.values())
+        expected = np.einsum(spec, x.astype(np.float64), np.asarray(q.axes.weight(scaled, shape)))
         np.testing.assert_allclose(y, expected, atol=1e-4, err_msg=f"{shape}")
 
 
@@ -235,7 +243,8 @@ def test_matmul_accumulates_in_float32(dtype):
 def test_matmul_gradient_of_the_input():
     q = jw.quantize(jnp.float32(normal(6, 4)), 8)
     gradient = jax.grad(lambda x: jw.matmul(x, q).sum())(jnp.ones(6))
-    np.testing.assert_allclose(gradient, (np.float64(q.codes) * np.float64(q.scale)).sum(1), atol=1e-5)
+    expected = ((np.float64(q.codes) - 128) * np.float64(q.scale.values())).sum(1)
+    np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
 def test_numpy_arrays_multiply_stored_weights():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxweights.core.checks import check_key
 from jaxweights.core.tracing import traced_once
 from jaxweights.levels.paths import check_params, check_structure, flatten, is_weight, key_of
 from jaxweights.numerics.rounding import stochastic_delta
@@ -52,7 +53,7 @@ def round_stochastically(key: jax.Array) -> optax.GradientTransformation:
     References: Gupta, Agrawal, Gopalakrishnan and Narayanan, Deep Learning with Limited Numerical Precision,
     arXiv:1502.02551, 2015; Zamirai, Zhang, Aberger and De Sa, Revisiting BFloat16 Training, arXiv:2010.06192, 2020.
     """
-    _check_key(key)
+    check_key(key)
 
     def init(params):
         del params
@@ -77,13 +78,3 @@ def round_stochastically(key: jax.Array) -> optax.GradientTransformation:
 @traced_once
 def _rounded(_, key: jax.Array, p: jax.Array, u: jax.Array) -> jax.Array:
     return stochastic_delta(key, p, u)
-
-
-def _check_key(key) -> None:
-    """Raises unless `key` is one key, of the typed or of the old kind."""
-    if isinstance(key, jax.Array):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if key.ndim == (0 if typed else 1) and (typed or key.dtype == jnp.uint32):
-            return
-        raise TypeError(f"key must be one key, got shape {key.shape} and dtype {key.dtype}: write jax.random.key(0)")
-    raise TypeError(f"key must be a key, got {type(key).__name__} {key!r}: write jax.random.key(0)")

@@ -132,7 +132,9 @@ def _rows(w: Any, index: jax.Array) -> jax.Array | None:
     if _is_stack(w):
         return jax.tree.map(lambda a: a[index], w).todense()
     take = getattr(w, "take", None) if isinstance(w, FollowedStored) else None
-    return take(index) if take else None
+    found = take(index) if take else None
+    stack = as_stack(w) if found is None else None
+    return found if stack is None else _rows(stack, index)
 
 
 def _placed(eqn: core.JaxprEqn, ins: Sequence[Any]) -> list[Any]:

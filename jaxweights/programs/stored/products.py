@@ -11,10 +11,8 @@ from jax.extend import core
 
 from jaxweights.core.axes import Axes, Reading
 from jaxweights.core.stored import is_stored, matmul
-from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.programs.products import Operand, convolution, dot_general
 from jaxweights.programs.stored.moves import batch_axes, read_as, transpose
-from jaxweights.techniques.quantization.stored import QuantizedArray
 
 
 def stored_dot_general(eqn: core.JaxprEqn, ins: Sequence[Any]) -> list[jax.Array] | None:
@@ -82,16 +80,26 @@ def _transposed_matmul(x: jax.Array, w: Any) -> jax.Array:
 
 
 def stored_convolution(eqn: core.JaxprEqn, ins: Sequence[Any]) -> list[jax.Array] | None:
-    """A convolution with the codes, scaled after it; None if a scale is not that of an output channel."""
+    """A convolution with a window of size 1 as a product; None for any other, which takes the kernel as an array."""
+    if is_stored(ins[0]):
+        return None
     x, w = ins
-    conv = convolution(eqn)
-    if is_stored(x) or not isinstance(w, QuantizedArray):
+    conv, dtype = convolution(eqn), eqn.outvars[0].aval.dtype  # type: ignore[attr-defined]
+    inputs = sorted([conv.kernel.input, *conv.kernel.window])
+    is_product = (
+        all(w.shape[a] == 1 for a in conv.kernel.window)
+        and conv.groups == conv.batch_groups == 1
+        and not any(size for pair in conv.padding for size in pair)
+        and set(conv.image_dilation) <= {1}
+    )
+    kernel = read_as(w, Axes(conv.kernel.input, conv.kernel.output, (), conv.kernel.window)) if is_product else None
+    if kernel is None or not jnp.issubdtype(dtype, jnp.floating):
         return None
-    others = [a for a in range(w.scale.ndim) if a != conv.kernel.output]
-    if any(w.scale.shape[a] != 1 for a in others):
-        return None
-    dtype = accumulation_dtype(x.dtype)
-    params = {**eqn.params, "preferred_element_type": jnp.dtype(dtype)}
-    y = eqn.primitive.bind(x.astype(dtype), w.codes.astype(dtype), **params)
-    scale = jnp.expand_dims(w.scale.reshape(-1), [a for a in range(y.ndim) if a != conv.output.channels])
-    return [(y * scale.astype(dtype)).astype(eqn.outvars[0].aval.dtype)]  # type: ignore[attr-defined]
+    strided = [slice(None)] * x.ndim
+    for axis, stride in zip(conv.image.space, conv.strides, strict=True):
+        strided[axis] = slice(None, None, stride)
+    rows = x[tuple(strided)].transpose(conv.image.batch, *conv.image.space, conv.image.channels)
+    rows = rows.reshape(*rows.shape[:-1], *(w.shape[a] for a in inputs))
+    y = matmul(rows.astype(jnp.promote_types(x.dtype, dtype)), kernel)
+    have = [conv.output.batch, *conv.output.space, conv.output.channels]
+    return [y.transpose([have.index(a) for a in range(y.ndim)]).astype(dtype)]

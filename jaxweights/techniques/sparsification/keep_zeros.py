@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from jaxweights.core.checks import check_state, check_weight
 from jaxweights.core.transform import Transform
@@ -25,6 +26,8 @@ class KeepZeros(Transform):
     >>> print(t.apply(w + 1, state))
     [ 0. -1.  0.  2.]
     """
+
+    makes_zeros: ClassVar[bool] = True
 
     def init(self, w, key):
         """Makes the mask: where `w` is not 0. NaN is kept."""

@@ -78,6 +78,7 @@ class Prune(JointTransform):
     straight_through: bool = False
     scheduled: ClassVar[frozenset[str]] = frozenset({"sparsity"})
     takes_axes: ClassVar[bool] = True
+    makes_zeros: ClassVar[bool] = True
 
     def __post_init__(self):
         scores.needs(self.score)

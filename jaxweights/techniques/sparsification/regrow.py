@@ -57,6 +57,7 @@ class Regrow(JointTransform):
     fraction: Scalar = 0.3
     every: int = 100
     scheduled: ClassVar[frozenset[str]] = frozenset({"fraction"})
+    makes_zeros: ClassVar[bool] = True
 
     def __post_init__(self):
         if not isinstance(self.start, Prune):

@@ -50,6 +50,7 @@ class Sparsify(Transform):
 
     threshold: Scalar
     scheduled: ClassVar[frozenset[str]] = frozenset({"threshold"})
+    makes_zeros: ClassVar[bool] = True
 
     def __post_init__(self):
         check_scalar("threshold", self.threshold, 0, schedule=True)

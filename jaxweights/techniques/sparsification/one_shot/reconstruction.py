@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes
 from jaxweights.core.checks import check_integer, check_weight
+from jaxweights.core.second_moment import with_second_moment
 from jaxweights.numerics.inverse_factor import inverse_factor
 from jaxweights.numerics.norms import safe_divide
-from jaxweights.techniques.sparsification.one_shot.second_moment import with_second_moment
 
 
 def reconstruct(

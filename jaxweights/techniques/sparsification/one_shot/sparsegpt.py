@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jaxweights.core.axes import Axes, axes_or_default
 from jaxweights.core.checks import check_integer, check_scalar, check_weight
 from jaxweights.core.method import Method
+from jaxweights.core.second_moment import with_second_moment
 from jaxweights.core.transform import Number
 from jaxweights.numerics.counts import round_half_up
 from jaxweights.numerics.error_feedback import Block, error_feedback
 from jaxweights.numerics.selection import Entries, smallest_mask
 from jaxweights.techniques.sparsification.one_shot.reconstruction import reconstruct
-from jaxweights.techniques.sparsification.one_shot.second_moment import with_second_moment
 from jaxweights.techniques.sparsification.pattern import Sparsity, check_sparsity
 
 
@@ -111,6 +111,7 @@ def _prune(w, h, n_pruned, damping, *, pattern: tuple[int, int] | None, block: i
             mask = jax.lax.cond(i % m == 0, choose, lambda mask, of_block, i: mask, mask, of_block, i)
         return jnp.where(mask[i], of_block.w[i], 0), mask
 
+    w = jnp.where((jnp.diagonal(h) > 0)[:, None], w, 0)  # of an input that never occurs
     new, masks = error_feedback(w, h, damping, begin, visit, block=block)
     return new, masks.reshape(-1, w.shape[1])[: len(w)]
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes
 from jaxweights.core.checks import check_integer, check_weight
-from jaxweights.core.layer import Layer, same_matrices
+from jaxweights.core.layer import Layer, same_matrices, transposed_layer
 from jaxweights.core.stored import nbytes, product
-from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, nan_unless, transposed_layer
+from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, nan_unless
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks", "rows", "columns"], meta_fields=["layer"])

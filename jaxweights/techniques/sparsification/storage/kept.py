@@ -1,17 +1,15 @@
-"""What the storage formats share: which entries are kept, how many, what happens if they do not fit, and transposes."""
+"""What the storage formats share: which entries are kept, how many, and what happens if they do not fit."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxweights.core.axes import Axes, Reading
+from jaxweights.core.axes import Axes
 from jaxweights.core.checks import check_integer, check_weight
-from jaxweights.core.layer import Layer, transpose
+from jaxweights.core.layer import Layer, stored_matrix
 
 
 def kept_matrix(w, mask, axes: Axes | None) -> tuple[jax.Array, jax.Array, Layer]:
@@ -27,21 +25,8 @@ def kept_matrix(w, mask, axes: Axes | None) -> tuple[jax.Array, jax.Array, Layer
         raise TypeError(f"mask must be a boolean array or None, got {kind}: compare it with a number")
     if mask.shape != w.shape:
         raise ValueError(f"mask must have the shape {w.shape} of w, got {mask.shape}: one entry per weight")
-    layer = Layer.of(axes, w.shape)
-    _, ordered = layer.with_batch([w.shape[a] for a in sorted(Reading.of(axes, w.shape).batch)])
-    return ordered.matrix(w), ordered.matrix(mask), layer
-
-
-def transposed_layer(
-    axes: Axes, shape: Sequence[int], permutation: Sequence[int]
-) -> tuple[Layer, Sequence[int]] | None:
-    """(layer, order of the batch axes) of a weight with its axes permuted; None where its rows would change places."""
-    r = Reading.of(axes, shape)
-    batch, rows = ([list(permutation).index(a) for a in which] for which in (sorted(r.batch), r.contracted))
-    if rows != sorted(rows):
-        return None
-    layer = Layer.of(transpose(axes, shape, permutation), [shape[a] for a in permutation])
-    return layer, sorted(range(len(batch)), key=batch.__getitem__)
+    matrix, layer = stored_matrix(w, axes)
+    return matrix, stored_matrix(mask, axes)[0], layer
 
 
 def capacity(name: str, kept: jax.Array, given: int | None) -> int:

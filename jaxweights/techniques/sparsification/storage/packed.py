@@ -13,9 +13,9 @@ from jax.core import Tracer
 
 from jaxweights.core.axes import Axes, Reading
 from jaxweights.core.checks import check_integer, check_weight
-from jaxweights.core.layer import Layer, same_matrices
+from jaxweights.core.layer import Layer, same_matrices, transposed_layer
 from jaxweights.core.stored import nbytes, product
-from jaxweights.techniques.sparsification.storage.kept import kept_matrix, nan_unless, transposed_layer
+from jaxweights.techniques.sparsification.storage.kept import kept_matrix, nan_unless
 
 _TILE = 32  # bytes of codes per column; the product of one row is slower on a CPU with 8 and with 128
 

@@ -1,0 +1,1 @@
+"""Products with stored weights, one implementation for each kind of device."""
