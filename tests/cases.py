@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxweights as jw
 
@@ -68,6 +69,12 @@ def growing(step):
     return jnp.minimum(0.3 * step.astype(jnp.float32), 0.9)
 
 
+def fewer_bits(step):
+    """Schedule of bits: 8, 6, 4, 2, 2 ..."""
+    return jnp.maximum(8.0 - 2.0 * step.astype(jnp.float32), 2.0)
+
+
+zero_points = jw.formats.integers(4, symmetric=False)
 ATTENTION = (16, 4, 8)
 CONV = (3, 3, 16, 32)
 STACK = (3, 16, 32)
@@ -85,6 +92,15 @@ def folded_after(w):
     stats = {"mean": per_feature(w, 1e-3), "var": per_feature(w, 2)}  # the bias sums up 288 entries: within float16
     kernel, bias = jw.fold_batch_norm(w, **stats, axes=jw.axes.CONV_TRANSPOSE_KERNEL, follows=True)
     return kernel + bias[None, None, :, None]
+
+
+def fitted(method, w):
+    """The weight by a one-shot method, for inputs that are correlated."""
+    i = np.arange(w.shape[0])
+    size = np.exp(-i / len(i)).astype(np.float32)
+    moment = np.float32(0.5) ** np.abs(i[:, None] - i) * size * size[:, None]
+    stats = jw.calibration.InputStats(jnp.int32(1), *map(jnp.float32, (size, size**2, moment)))
+    return method.fit(w, stats).todense()
 
 
 TRANSFORMS = [
@@ -139,6 +155,19 @@ TRANSFORMS = [
     Case("share_weights hash", lambda: jw.ShareWeights(8, seed=0)),
     Case("fake_quantize", lambda: jw.FakeQuantize(4), kind="straight-through"),
     Case("fake_quantize per unit", lambda: jw.FakeQuantize(4, per_unit=True), shape=CONV),
+    Case("fake_quantize zeros", lambda: jw.FakeQuantize(4, keep_zeros=True)),
+    Case("fake_quantize int4", lambda: jw.FakeQuantize("int4"), shape=CONV),
+    Case("fake_quantize zero points", lambda: jw.FakeQuantize(zero_points, axes=stack_axes), shape=STACK),
+    Case("fake_quantize nf4", lambda: jw.FakeQuantize("nf4", axes=jw.axes.ATTENTION_IN), shape=ATTENTION),
+    Case("fake_quantize mxfp8 late", lambda: jw.FakeQuantize("mxfp8", delay=1)),
+    Case("fake_quantize moving", lambda: jw.FakeQuantize("fp8_e4m3", decay=0.9), shape=CONV),
+    Case("fake_quantize moving min-max", lambda: jw.FakeQuantize(8, decay=0.9)),
+    Case("fake_quantize schedule", lambda: jw.FakeQuantize(fewer_bits)),
+    Case("fake_quantize schedule zeros", lambda: jw.FakeQuantize(fewer_bits, per_unit=True, keep_zeros=True)),
+    Case("lsq", lambda: jw.LSQ(4)),
+    Case("lsq mxfp4 stack", lambda: jw.LSQ("mxfp4", stack_axes, block=8), shape=STACK),
+    Case("lsq offset conv", lambda: jw.LSQ(zero_points), shape=CONV),
+    Case("pruned and quantized", lambda: jw.Chain(jw.Prune(0.7), jw.FakeQuantize(8, keep_zeros=True))),
     Case("sparsify", lambda: jw.Sparsify(0.5)),
     Case("sparsify schedule", lambda: jw.Sparsify(halving)),
     Case("prune", lambda: jw.Prune(0.7)),
@@ -208,7 +237,26 @@ FUNCTIONS = [
         "with_stored",
         function=lambda w: jw.with_stored(lambda q, x: x @ q)(jw.quantize(w, 8), jnp.eye(w.shape[0], dtype=w.dtype)),
     ),
+    Case("round_to_nearest", function=lambda w: fitted(jw.methods.RoundToNearest("nf4"), w)),
+    # Wide: every device needs the whole second moment.
+    Case("gptq", function=lambda w: fitted(jw.methods.GPTQ(4, block=8), w), shape=(16, 64)),
+    Case(
+        "gptq act_order",
+        function=lambda w: fitted(jw.methods.GPTQ("nvfp4", block=8, act_order=True), w),
+        shape=(16, 64),
+    ),
+    Case("awq", function=lambda w: fitted(jw.methods.AWQ(4, block=16), w)),
+    Case("hqq", function=lambda w: fitted(jw.methods.HQQ(4), w)),
     Case("densify", function=lambda w: jw.densify({"w": jw.quantize(w, 8)})["w"]),
+    *(
+        Case(f"quantize {name}", function=lambda w, format=format: jw.dequantize(jw.quantize(w, format, key=KEY)))
+        for name, format in [
+            *((name, name) for name in ("int3", "fp4", "fp8_e5m2", "mxfp4", "nvfp4", "ternary", "binary")),
+            ("zero points", zero_points),
+            ("nf4 doubly", jw.formats.NF4_DOUBLE),
+            ("per tensor", jw.formats.integers(8, per_tensor=True)),
+        ]
+    ),
     Case("sparse", function=lambda w: w + jw.initializers.sparse(KEY, w.shape, w.dtype, sparsity=0.5)),
 ]
 
