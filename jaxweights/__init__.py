@@ -34,16 +34,20 @@ from jaxweights.levels.optax.project import project
 from jaxweights.levels.optax.stochastic_rounding import round_stochastically
 from jaxweights.levels.optax.weight_decay import add_weight_decay
 from jaxweights.levels.tree import TreeState, on_tree
+from jaxweights.models.bias_correction import correct_biases
 from jaxweights.models.capture import capture
 from jaxweights.models.data_init import data_dependent_init
 from jaxweights.models.describe import describe
+from jaxweights.models.equalize import equalize
 from jaxweights.models.fold_batch_norm import fold_batch_norms
 from jaxweights.models.layout import layout
+from jaxweights.models.mixed_bits import MixedBits, mixed_bits
 from jaxweights.models.mup import mup_init, scale_by_mup
 from jaxweights.models.norm_folds import norm_folds
 from jaxweights.models.one_shot.compress import compress
 from jaxweights.models.one_shot.one_shot import one_shot
 from jaxweights.models.reinitialize import reinitialize
+from jaxweights.models.smooth import smooth
 from jaxweights.models.stored import densify, with_stored
 from jaxweights.models.summary import summarize
 from jaxweights.models.tie import tie
@@ -109,6 +113,7 @@ __all__ = [
     "Fold",
     "JointTransform",
     "KeepZeros",
+    "MixedBits",
     "Prune",
     "QuantizedArray",
     "Regrow",
@@ -134,10 +139,12 @@ __all__ = [
     "confine",
     "conv_index",
     "conv_spectral_norm",
+    "correct_biases",
     "data_dependent_init",
     "densify",
     "dequantize",
     "describe",
+    "equalize",
     "fake_quantize",
     "fold_batch_norm",
     "fold_batch_norms",
@@ -156,6 +163,7 @@ __all__ = [
     "matmul",
     "merge_stats",
     "methods",
+    "mixed_bits",
     "mup_init",
     "nnx",
     "norm_folds",
@@ -175,6 +183,7 @@ __all__ = [
     "scale_by_mup",
     "scores",
     "share",
+    "smooth",
     "sparse",
     "sparsegpt",
     "sparsify",

@@ -1,0 +1,1 @@
+"""Scalings that leave a program as it is: of units, in the weights that make them and in those that read them."""
