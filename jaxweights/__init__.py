@@ -96,7 +96,7 @@ from jaxweights.techniques.weight_norm import WeightNorm, WeightStandardization,
 from jaxweights.techniques.weight_sharing import ShareWeights, cluster, conv_index, hash_index, share
 
 if TYPE_CHECKING:
-    from jaxweights import linen, nnx
+    from jaxweights import files, linen, nnx
 
 __version__ = "0.1.0"
 
@@ -146,6 +146,7 @@ __all__ = [
     "describe",
     "equalize",
     "fake_quantize",
+    "files",
     "fold_batch_norm",
     "fold_batch_norms",
     "formats",
@@ -205,7 +206,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """`jaxweights.linen` and `jaxweights.nnx`, imported when first asked for: importing Flax takes a while."""
-    if name in ("linen", "nnx"):
+    """`jaxweights.files`, `.linen` and `.nnx`, imported when first asked for: importing Flax takes a while."""
+    if name in ("files", "linen", "nnx"):
         return importlib.import_module(f"jaxweights.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

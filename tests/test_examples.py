@@ -39,6 +39,16 @@ def test_tree_level(capsys):
     assert "where='**/weight' selects no weight" in out
 
 
+def test_tied_embedding(capsys):
+    variables, _ = run("tied_embedding.py", capsys)
+    weights, optimizer, saved, losses = zip(*variables["results"].values(), strict=True)
+    n = len(variables["letters"])
+    assert np.diff(weights).tolist() == [-64 * n, -3 * (64 * 64 + 64)]
+    assert all(8 * w <= o < 8 * w + 100 for w, o in zip(weights, optimizer, strict=True))
+    assert all(4 * w < s < 4 * w + 2000 for w, s in zip(weights, saved, strict=True))
+    assert max(losses) < 3
+
+
 def test_optax_level(capsys):
     variables, _ = run("optax_level.py", capsys)
     kernel = variables["params"]["kernel"]
@@ -58,6 +68,14 @@ def test_nnx_level(capsys):
     variables, _ = run("nnx_level.py", capsys)
     assert variables["used"] <= 16 < variables["stored"]
     assert variables["accuracy"] > 0.94
+
+
+def test_quantized_file(capsys):
+    variables, out = run("quantized_file.py", capsys)
+    sizes, accuracies = variables["sizes"], variables["accuracies"]
+    assert sizes["int4.gguf"] < sizes["float32.safetensors"] / 6
+    assert accuracies["int4.gguf"] == accuracies["int4.safetensors"] > accuracies["float32.safetensors"] - 0.01
+    assert "the same weights" in out
 
 
 def test_mup(tmp_path, monkeypatch):

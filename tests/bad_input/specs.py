@@ -4,11 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-from bad_input.vocabulary import CALLABLE, INTEGER, KEY, NAN, NUMBER, SCALAR, SHAPE, WRITE_AXES, T, V
+from bad_input.vocabulary import ARRAY, CALLABLE, INTEGER, KEY, NAN, NUMBER, SCALAR, SHAPE, WRITE_AXES, T, V, W
 
 import jaxweights as jw
 
 init = jw.initializers
+ZEROS, HALF = jw.formats.integers(4, symmetric=False), jw.ranges.HQQ()
+FALLING = jw.FakeQuantize(lambda step: 8.0 - step, keep_zeros=True)
 
 
 def initialize(name, options):
@@ -62,6 +64,29 @@ CASES = [
     ("FakeQuantize 1.5", lambda: jw.FakeQuantize(1.5), T, INTEGER),
     ("FakeQuantize axes", lambda: jw.FakeQuantize(4, axes=jw.Axes()), V, "give per_unit=True too"),
     ("FakeQuantize True", lambda: jw.FakeQuantize(True), T, INTEGER),
+    ("FakeQuantize of int9", lambda: jw.FakeQuantize("int9"), V, "a Format or one of 'int2', "),
+    ("FakeQuantize zeros in 9", lambda: jw.FakeQuantize(9, keep_zeros=True), V, "bits must be from 2 to 8, got 9"),
+    ("FakeQuantize zeros in 1", lambda: jw.FakeQuantize(1, keep_zeros=True), V, "bits must be from 2 to 8, got 1"),
+    ("FakeQuantize zeros of nf4", lambda: jw.FakeQuantize("nf4", keep_zeros=True), V, "keep_zeros is for a number of"),
+    ("FakeQuantize units of nf4", lambda: jw.FakeQuantize("nf4", per_unit=True), V, "per_unit is for a number of bits"),
+    ("FakeQuantize block of 4", lambda: jw.FakeQuantize(4, block=32), V, "block is for a format, got bits=4"),
+    ("FakeQuantize range of 4", lambda: jw.FakeQuantize(4, range=jw.ranges.MSE()), V, "give one such as 'int4'"),
+    ("FakeQuantize block 0", lambda: jw.FakeQuantize("int4", block=0), V, "block must be at least 1, got 0"),
+    ("FakeQuantize range by name", lambda: jw.FakeQuantize("int4", range="mse"), T, "write jaxweights.ranges.MSE()"),
+    ("FakeQuantize decay 2", lambda: jw.FakeQuantize(4, decay=2.0), V, "decay must be in [0, 1], got 2.0"),
+    ("FakeQuantize decay '0.9'", lambda: jw.FakeQuantize(4, decay="0.9"), T, NUMBER),
+    ("FakeQuantize decay of HQQ", lambda: jw.FakeQuantize(ZEROS, range=HALF, decay=0.9), V, "leave out decay"),
+    ("FakeQuantize delay -1", lambda: jw.FakeQuantize(4, delay=-1), V, "delay must be at least 0, got -1"),
+    ("FakeQuantize delay 1.5", lambda: jw.FakeQuantize(4, delay=1.5), T, INTEGER),
+    ("FakeQuantize stored", lambda: jw.FakeQuantize(4).store(W, {}), V, "or a number of bits with keep_zeros=True"),
+    ("FakeQuantize stored on a schedule", lambda: FALLING.store(W, {}), V, "train a format such as 'int8'"),
+    ("FakeQuantize of what is stored", lambda: jw.FakeQuantize("int4").apply(jw.quantize(W, 4), {}), T, ".todense()"),
+    ("FakeQuantize stored by name", lambda: jw.FakeQuantize("int4").store("w", {}), T, ARRAY),
+    ("LSQ 1", lambda: jw.LSQ(1), V, "must be from 2 to 8, got 1"),
+    ("LSQ 4.0", lambda: jw.LSQ(4.0), T, "must be a number of bits, a name such as 'nf4' or"),
+    ("LSQ of int9", lambda: jw.LSQ("int9"), V, "a Format or one of 'int2', "),
+    ("LSQ block 0", lambda: jw.LSQ(4, block=0), V, "block must be at least 1, got 0"),
+    ("LSQ axes", lambda: jw.LSQ(4, axes=(0, 1)).init(W, KEY), T, WRITE_AXES),
     ("WeightNorm '0'", lambda: jw.WeightNorm(scale="0"), T, NUMBER),
     ("WeightStandardization '1'", lambda: jw.WeightStandardization("1"), T, NUMBER),
     ("WeightStandardization eps", lambda: jw.WeightStandardization(eps=math.nan), V, NAN),

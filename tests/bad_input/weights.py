@@ -28,6 +28,8 @@ from bad_input.vocabulary import (
 
 import jaxweights as jw
 
+ZEROS = jw.formats.integers(4, symmetric=False)
+
 CASES = [
     # Invalid weights. Every array function checks its own.
     *(
@@ -99,6 +101,9 @@ CASES = [
             "Around's apply": lambda w: AROUND.apply(w, {"center": W}),
             "Sparsify": lambda w: jw.Sparsify(1.0).apply(w, {}),
             "FakeQuantize": lambda w: jw.FakeQuantize(4).apply(w, {}),
+            "FakeQuantize's format": lambda w: jw.FakeQuantize("nf4").apply(w, {}),
+            "FakeQuantize's average": lambda w: jw.FakeQuantize("nf4", decay=0.9).init(w, KEY),
+            "LSQ": lambda w: jw.LSQ(4).init(w, KEY),
             "Chain": lambda w: jw.Chain(jw.ClipWeights(1.0)).apply(w, {}),
         }.items()
         for kind, bad, remedy in [
@@ -198,9 +203,28 @@ CASES = [
     ("bits 1.5", lambda w: jw.fake_quantize(w, 1.5), T, INTEGER),
     ("bits True", lambda w: jw.fake_quantize(w, True), T, INTEGER),
     ("bits array", lambda w: jw.fake_quantize(w, integers(w)[0, 0]), T, INTEGER),
+    ("bits schedule", lambda w: jw.fake_quantize(w, optax.constant_schedule(4)), T, CALLABLE),
+    ("bits 9 with zeros", lambda w: jw.fake_quantize(w, 9, keep_zeros=True), V, "bits must be from 2 to 8, got 9"),
+    ("fake int9", lambda w: jw.fake_quantize(w, "int9"), V, "a Format or one of 'int2', "),
+    ("fake bits in blocks", lambda w: jw.fake_quantize(w, 4, block=2), V, "give one such as 'int4'"),
+    ("fake nf4 with zeros", lambda w: jw.fake_quantize(w, "nf4", keep_zeros=True), V, "is for a number of bits, got"),
+    ("fake HQQ", lambda w: jw.fake_quantize(w, "int4", range=jw.ranges.HQQ()), V, "HQQ chooses zero points"),
+    ("fake axes", lambda w: jw.fake_quantize(w, "int4", axes=jw.Axes(2)), V, "use axes from -2 to 1"),
+    ("average missing", lambda w: jw.FakeQuantize("int4", decay=0.9).apply(w, {}), V, "the state has no 'high'"),
+    (
+        "average of another weight",
+        lambda w: jw.FakeQuantize("int4", decay=0.9).apply(w, {"high": w[:1, :3]}),
+        V,
+        "the state has 'high' of shape (1, 3), this weight needs (1, 6)",
+    ),
+    ("delay missing", lambda w: jw.FakeQuantize("int4", delay=1).update(w, {}), V, "the state has no 'step'"),
+    ("learned scale missing", lambda w: jw.LSQ(4).apply(w, {}), V, "the state has no 'scale'"),
+    ("learned offset missing", lambda w: jw.LSQ(ZEROS).apply(w, {"scale": w[0]}), V, "the state has no 'offset'"),
+    ("learned scale of another weight", lambda w: jw.LSQ(4).store(w, {"scale": w[:, 0]}), V, "this weight needs (6,)"),
+    ("learned scale of integers", lambda w: jw.LSQ(4).apply(w, {"scale": integers(w)[0]}), T, FLOAT),
     ("bits 1 stored", lambda w: jw.quantize(w, 1), V, "bits must be from 2 to 8, got 1"),
     ("bits 9 stored", lambda w: jw.quantize(w, 9), V, "bits must be from 2 to 8, got 9"),
-    ("bits '8' stored", lambda w: jw.quantize(w, "8"), T, INTEGER),
+    ("bits '8' stored", lambda w: jw.quantize(w, "8"), V, "format must be a number of bits, a Format or one of 'int2'"),
     (
         "pack 4:4",
         lambda w: jw.sparse.pack(w, sparsity=(4, 4)),
