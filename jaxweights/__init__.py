@@ -50,7 +50,8 @@ from jaxweights.models.reinitialize import reinitialize
 from jaxweights.models.smooth import smooth
 from jaxweights.models.stored import densify, with_stored
 from jaxweights.models.summary import summarize
-from jaxweights.models.tie import tie
+from jaxweights.models.tie import tie, untie
+from jaxweights.models.ties import Tied
 from jaxweights.programs.norms.folds import Fold
 from jaxweights.techniques.batch_norm import (
     batch_norm,
@@ -121,6 +122,7 @@ __all__ = [
     "Sparsify",
     "SpectralNorm",
     "StaleStateWarning",
+    "Tied",
     "Transform",
     "TreeState",
     "WeightNorm",
@@ -195,6 +197,7 @@ __all__ = [
     "tie",
     "typing",
     "units",
+    "untie",
     "wanda_mask",
     "weight_decay",
     "weight_normalize",
