@@ -1,5 +1,6 @@
 """Trees and optax transformations."""
 
+import dataclasses
 import math
 
 import jax
@@ -59,6 +60,10 @@ SOME = jnp.arange(6) > 2
 STATS = jw.capture(lambda p, x: x @ p, W, [W.T])[""]
 
 STORED = {"a": {"w": jw.quantize(W, 8)}}
+CUBE = jnp.ones((2, 2, 3))
+LAYERS = {"a": PARAMS, "b": PARAMS}
+ROWS = jw.sparse.pack(jnp.zeros((2, 4, 3)), axes=jw.Axes((0, 1), 2))
+PACKED = {"a": jnp.ones((4, 2, 3)), "b": ROWS, "c": jnp.ones((4, 3))}
 STORED_LEAF = "selects 'a/w', which is stored as a QuantizedArray and no array: leave it out of the glob"
 
 
@@ -69,6 +74,14 @@ def shot(method, stats=None, **options):
 def compressed(batches, where=None, **options):
     method = jw.methods.Wanda(0.5)
     return jw.compress(lambda p, x: x @ p["encoder"]["kernel"], PARAMS, batches, method, where, **options)
+
+
+def view_of(transpose=None, index=None):
+    return jw.tie({"a": W, "b": W}, {"a": jw.Tied("b", transpose, index)})
+
+
+def whole(free):
+    return jw.untie(LAYERS, {"b": "a"})[1](free)
 
 
 CASES = [
@@ -170,6 +183,12 @@ CASES = [
     ("fold leaves out", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, {}), V, "name the layer before each"),
     ("fold pairs", lambda: jw.fold_batch_norms(DENSE_NORM, NORM_STATS, [("n", "a")]), T, "{batch norm: layer}"),
     ("on_tree of a function", lambda: lift(jnp.abs), T, "on_tree needs a jaxweights.Transform"),
+    (
+        "on_tree of FakeQuantize stored",
+        lambda: jw.on_tree(jw.FakeQuantize(4)).store(PARAMS, NO_STATE),
+        V,
+        at("FakeQuantize", "bits=4 is the min-max formula"),
+    ),
     ("on_tree of a class", lambda: lift(jw.SpectralNorm), T, "make an instance, SpectralNorm(...)"),
     ("on_tree of None", lambda: lift(None), T, "on_tree needs a jaxweights.Transform, got NoneType"),
     ("rules {}", lambda: lift({}), V, EMPTY),
@@ -209,8 +228,31 @@ CASES = [
     ("tie dtypes", lambda: jw.tie({"a": W, "b": integers(W)}, {"a": "b"}), V, ONE_SHAPE),
     ("tie a chain", lambda: jw.tie({"a": W, "b": W, "c": W}, {"a": "b", "b": "c"}), V, "name the last one"),
     ("tie to itself", lambda: jw.tie({"a": W}, {"a": "a"}), V, "name the last one"),
-    ("tie nothing", lambda: jw.tie(PARAMS, {}), V, "give {path: path}"),
-    ("tie a list", lambda: jw.tie(PARAMS, [("a", "b")]), T, "must be a dict {path: path}"),
+    ("tie nothing", lambda: jw.tie(PARAMS, {}), V, "give {path: path or Tied}"),
+    ("tie a list", lambda: jw.tie(PARAMS, [("a", "b")]), T, "must be a dict {path: path or Tied}"),
+    ("tie to a number", lambda: jw.tie(PARAMS, {"encoder/bias": 3}), T, "got 3: write {path: path or Tied}"),
+    ("tie to a squashed shape", lambda: jw.tie({"a": W, "b": W.ravel()}, {"a": "b"}), V, ONE_SHAPE),
+    ("tie a transpose of two", lambda: jw.tie({"a": CUBE.T, "b": CUBE}, {"a": "b"}), V, "Say which: Tied('b', "),
+    ("tie a transpose of 3 axes", lambda: view_of((0, 2, 1)), V, "must name each of its 2 axes once"),
+    ("tie the wrong transpose", lambda: view_of((1, 0)), V, ONE_SHAPE),
+    ("tie an entry beyond", lambda: view_of(index=4), V, "index=4 is not in the first axis"),
+    ("tie an entry of a number", lambda: jw.tie({"a": 1.0, "b": 1.0}, {"a": jw.Tied("b", index=0)}), V, "index=0"),
+    ("tie a function", lambda: jw.tie({"a": W, "b": len}, {"a": "b"}), T, "no array, got builtin_function_or_method"),
+    ("tie a subtree to a weight", lambda: jw.tie(PARAMS | {"a": W}, {"a": "encoder"}), V, "subtrees to subtrees"),
+    ("tie other subtrees", lambda: jw.tie(PARAMS | {"a": BIASES}, {"a": "encoder"}), V, "has 'bias', 'encoder/bias', "),
+    ("tie twice", lambda: jw.tie(LAYERS, {"b": "a", "b/encoder": "a/encoder"}), V, "'b/encoder/bias' twice"),
+    ("tie a subtree to itself", lambda: jw.tie(PARAMS, {"encoder": "encoder"}), V, "name the last one"),
+    ("tie packed rows", lambda: jw.tie(PACKED, {"a": "b"}), V, "as a PackedArray, and transpose=(1, 0, 2) would"),
+    ("tie a packed entry", lambda: jw.tie(PACKED, {"c": jw.Tied("b", index=0)}), V, "index=0 is no layer of its stack"),
+    ("Tied to no path", lambda: jw.Tied(("a", "b")), T, "write {path: path or Tied}"),
+    ("Tied index 0.0", lambda: jw.Tied("a", index=0.0), T, "index must be an integer or None, got 0.0"),
+    ("Tied transpose True", lambda: jw.Tied("a", transpose=True), T, "a tuple of axes or None, got True: write (1, 0)"),
+    ("Tied transpose of strings", lambda: jw.Tied("a", transpose="10"), T, "a tuple of axes or None, got '10'"),
+    ("Tied transpose (0, 0)", lambda: jw.Tied("a", transpose=(0, 0)), V, "must name each axis once, got (0, 0)"),
+    ("untie nothing", lambda: jw.untie(PARAMS, {}), V, "give {path: path or Tied}"),
+    ("untie a path not there", lambda: jw.untie(PARAMS, {"head": "encoder/kernel"}), V, LEAVES),
+    ("whole of whole", lambda: whole(LAYERS), V, "it lacks none, and has others: ['b/encoder/bias', "),
+    ("whole of less", lambda: whole({"a": BIASES}), V, "it lacks ['a/encoder/kernel'], and has others: none"),
     ("redraw by nothing", lambda: redraw({}), V, "give {glob: initializer}"),
     ("redraw by a function", lambda: redraw(jw.he_normal), T, "must be a dict {glob: initializer}"),
     ("redraw by a number", lambda: redraw({"**": 0.0}), T, "(key, shape, dtype) -> array"),
@@ -250,8 +292,44 @@ CASES = [
     ("Pack of 0.5", lambda: jw.methods.Pack(0.5), T, "write (2, 4) for 2:4"),
     ("Pack what is dense", lambda: shot(jw.methods.Pack()), V, "Pack at 'encoder/kernel': w does not fit 2:4"),
     ("Pack first", lambda: shot([jw.methods.Magnitude((2, 4)), jw.methods.Pack()] * 2), V, "stores a weight last"),
+    ("GPTQ of 9 bits", lambda: jw.methods.GPTQ(9), V, "bits must be from 2 to 8, got 9"),
+    ("GPTQ of 4.0 bits", lambda: jw.methods.GPTQ(4.0), T, "must be a number of bits, a name such as 'nf4' or"),
+    ("GPTQ of int9", lambda: jw.methods.GPTQ("int9"), V, "or one of 'int2', "),
+    ("GPTQ block 0", lambda: jw.methods.GPTQ(4, block=0), V, "block must be at least 1"),
+    ("GPTQ range by name", lambda: jw.methods.GPTQ(4, range="mse"), T, "write jaxweights.ranges.MSE()"),
+    ("GPTQ damping", lambda: jw.methods.GPTQ(4, damping=-1), V, "damping must be at least 0, got -1"),
+    ("GPTQ damping by name", lambda: jw.methods.GPTQ(4, damping="auto"), T, NUMBER),
+    ("GPTQ without data", lambda: shot(jw.methods.GPTQ(4)), V, "GPTQ at 'encoder/kernel': there are no statistics"),
+    ("GPTQ twice", lambda: shot([jw.methods.RoundToNearest(4)] * 2), V, "put the method that stores a weight last"),
+    ("GPTQ of integers", lambda: jw.methods.GPTQ(4).fit(integers(W), STATS), T, "w must be of a floating dtype"),
+    (
+        "GPTQ of other stats",
+        lambda: jw.methods.GPTQ(4).fit(W[:2], STATS),
+        V,
+        "second_moment must have shape (2, 2) for a weight of shape (2, 6), got (4, 4)",
+    ),
+    ("AWQ of a list", lambda: jw.methods.AWQ([4]), T, "must be a number of bits, a name such as 'nf4' or"),
+    ("AWQ block 64.0", lambda: jw.methods.AWQ(4, block=64.0), T, "block must be an integer"),
+    ("AWQ without data", lambda: shot(jw.methods.AWQ(4)), V, "AWQ at 'encoder/kernel': there are no statistics"),
+    (
+        "AWQ without second moment",
+        lambda: jw.methods.AWQ(4).fit(W, dataclasses.replace(STATS, products=None)),
+        V,
+        "capture them with second_moment=True",
+    ),
+    ("HQQ of 1 bit", lambda: jw.methods.HQQ(1), V, "bits must be from 2 to 8, got 1"),
+    ("HQQ of int4", lambda: jw.methods.HQQ("int4"), T, "bits must be an integer"),
+    ("HQQ in one block", lambda: jw.methods.HQQ(4, block=None), T, "block must be an integer"),
+    ("RoundToNearest of True", lambda: jw.methods.RoundToNearest(True), T, "a number of bits, a name such as 'nf4' or"),
+    (
+        "RoundToNearest by HQQ of int4",
+        lambda: shot(jw.methods.RoundToNearest(4, range=jw.ranges.HQQ())),
+        V,
+        "RoundToNearest at 'encoder/kernel': HQQ chooses zero points: give a format with them",
+    ),
     ("one_shot without data", lambda: shot(jw.methods.Wanda(0.5)), V, "Wanda at 'encoder/kernel': there are no stat"),
     ("one_shot of a class", lambda: shot(jw.methods.Wanda), T, "make an instance, Wanda(...)"),
+    ("one_shot of a name", lambda: shot("nf4"), T, "got str 'nf4': write RoundToNearest('nf4')"),
     ("one_shot of a transform", lambda: shot(jw.Prune(0.5)), T, "transforms go to on_tree"),
     ("one_shot of nothing", lambda: shot(()), V, "give a method, or several in order"),
     ("one_shot by no rules", lambda: shot({}), V, "give {glob: method}, or one method"),
