@@ -3,7 +3,7 @@
 from jaxweights.levels.linen.batch_norm import BatchNorm
 from jaxweights.levels.linen.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from jaxweights.levels.linen.transformed import Transformed
-from jaxweights.levels.linen.variables import fold, init_state, update_state
+from jaxweights.levels.linen.variables import fold, init_state, store, update_state
 from jaxweights.models.linen.capture import capture
 from jaxweights.models.linen.compress import compress
 from jaxweights.models.linen.layout import layout
@@ -22,5 +22,6 @@ __all__ = [
     "init_state",
     "layout",
     "norm_folds",
+    "store",
     "update_state",
 ]

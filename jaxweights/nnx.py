@@ -3,7 +3,7 @@
 from jaxweights.levels.nnx.batch_norm import BatchNorm
 from jaxweights.levels.nnx.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from jaxweights.levels.nnx.state import TransformVariable, init_state, update_state
-from jaxweights.levels.nnx.transformed import StoredWeightsWarning, fold, transformed
+from jaxweights.levels.nnx.transformed import StoredWeightsWarning, fold, store, transformed
 from jaxweights.models.nnx.capture import capture
 from jaxweights.models.nnx.compress import compress
 from jaxweights.models.nnx.fold_batch_norm import fold_batch_norms, norm_folds
@@ -24,6 +24,7 @@ __all__ = [
     "init_state",
     "layout",
     "norm_folds",
+    "store",
     "transformed",
     "update_state",
 ]

@@ -14,7 +14,7 @@ import numpy as np
 def check_weight(w, name: str = "w") -> jax.Array:
     """`w` as a JAX array, or an error unless it is an array of a real floating dtype."""
     if not isinstance(w, jax.Array | np.ndarray | np.generic | float) or isinstance(w, bool):
-        remedy = "for a tree use jax.tree.map, or on_tree with a transform; else convert it with jnp.asarray"
+        remedy = "for a tree use jax.tree.map, on_tree or one_shot; else convert it with jnp.asarray"
         if hasattr(w, name):
             remedy = f"give its .{name}"
         elif hasattr(type(w), "todense"):

@@ -77,7 +77,7 @@ def transpose(axes: Axes, shape: Sequence[int], permutation: Sequence[int]) -> A
 
 
 def stored_matrix(w: jax.Array, axes: Axes | None) -> tuple[jax.Array, Layer]:
-    """(w as matrices (*batch, [groups,] rows, columns), its layer). The batch axes lead, in the order that they have."""
+    """(w as matrices (*batch, [groups,] rows, columns), its layer). The batch axes lead, in the order they have."""
     layer = Layer.of(axes, w.shape)
     _, ordered = layer.with_batch([w.shape[a] for a in sorted(Reading.of(axes, w.shape).batch)])
     return ordered.matrix(w), layer

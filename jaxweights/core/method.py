@@ -49,9 +49,10 @@ def methods_of(method: Any) -> tuple[Method, ...]:
         if isinstance(m, type) and issubclass(m, Method):
             raise TypeError(f"method got the class {m.__name__}: make an instance, {m.__name__}(...)")
         if not isinstance(m, Method):
+            remedy = f"write RoundToNearest({m!r})" if isinstance(m, int | str) else "transforms go to on_tree"
             raise TypeError(
                 f"method must be one of jaxweights.methods, several in order or rules {{glob: method}}, got "
-                f"{type(m).__name__} {m!r}: transforms go to on_tree"
+                f"{type(m).__name__} {m!r}: {remedy}"
             )
     return methods
 

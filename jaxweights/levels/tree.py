@@ -57,6 +57,11 @@ class TreeTransform:
         bound = self.bind(params)
         return bound.tree.replaced(bound.apply(state))
 
+    def store(self, params: Any, state: TreeState) -> Any:
+        """Returns what `apply` does, as it is kept after training: stored weights under `FakeQuantize` and `LSQ`."""
+        bound = self.bind(params)
+        return bound.tree.replaced(bound.store(state))
+
     def selected(self, params: Any) -> dict[str, Transform]:
         """The transform of each selected weight, by path, with the axes of that weight."""
         return self.bind(params).transforms
@@ -148,6 +153,11 @@ class BoundTransform:
         states = self.states(state)
         return self.each(lambda t, path: apply(t, self.weights[path], states[path]))
 
+    def store(self, state: TreeState) -> dict[str, Any]:
+        """The transformed weights as they are kept after training, by path."""
+        states = self.states(state)
+        return self.each(lambda t, path: t.store(self.weights[path], states[path]))
+
     def each(self, f: Callable[[Transform, str], T], among: Container[str] | None = None) -> dict[str, T]:
         """{path: f(transform, path)} for every weight, or those `among` these. Errors name transform and path."""
         results = {}
@@ -214,8 +224,9 @@ def on_tree(
         `jaxweights.describe` says, and an `AxesWarning` names those that are a guess.
 
     Returns:
-      An object with `init(params, key)`, `update(params, state)` and `apply(params, state)`. All other leaves pass
-      through, None, stored weights and leaves that are not floating-point arrays among them.
+      An object with `init(params, key)`, `update(params, state)` and `apply(params, state)`, and `store(params, state)`
+      for the tree to keep after training. All other leaves pass through, None, stored weights and leaves that are not
+      floating-point arrays among them.
 
     Raises:
       TypeError: `transform` is not a transform, or `layout` not a mapping of `Axes`.

@@ -119,7 +119,7 @@ def mixed_bits(
 
     minimize Σ_l error_l(m_l) subject to Σ_l bytes_l(m_l) <= budget. error_l(m) is measured: the distance between what
     the model computes on the batches with weight l alone replaced by method m, and what it computes without. The choice
-    is the best one there is, by dynamic programming, with bytes rounded up to 1/20,000 of the room in the budget.
+    is optimal, by dynamic programming, with bytes rounded up to 1/20,000 of the room in the budget.
 
     It runs the model once for every weight, candidate and batch, with one compiled program: a few hundred inputs are
     enough. That errors add up is an assumption, which holds where they are small.

@@ -16,6 +16,7 @@ from jaxweights.core.inference import infer
 from jaxweights.core.stored import is_stored, nbytes
 from jaxweights.levels.paths import Where, check_layout, flatten, is_weight, select
 from jaxweights.models.summary_table import printed, summary_table
+from jaxweights.techniques.quantization.array import QuantizedArray
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -28,7 +29,7 @@ class WeightSummary(NamedTuple):
     Attributes:
       path: path in the tree.
       shape: shape of the weight.
-      form: its dtype, or the name of the type that stores it.
+      form: its dtype; of a `QuantizedArray` its format; of other stored weights the name of their type.
       nbytes: bytes of storage.
       density: fraction of entries that are not 0.
       pattern: the tightest n:m pattern along the input that the entries fit, with n <= m/2 and m one of 2, 4, 8, 16.
@@ -144,7 +145,7 @@ def read(
         path = paths[i]
         axes = known.get(path) or getattr(stored[i], "axes", None)
         guess = axes is None and bool(found[path].others)
-        form = type(stored[i]).__name__ if is_stored(stored[i]) else str(dense[i].dtype)
+        form = _form(stored[i])
         rows.append(_row(path, np.asarray(dense[i]), form, nbytes(stored[i]), axes or found[path].axes, guess))
     return Summary(tuple(rows)), shapes
 
@@ -162,6 +163,12 @@ def _fitting(known: Mapping[str, Axes], shapes: Mapping[str, tuple[int, ...]]) -
 def _other_sigma(a: Reading, b: Reading) -> bool:
     """Whether σ depends on which of two readings is right."""
     return not a.same_matrices(b)
+
+
+def _form(leaf: Any) -> str:
+    if isinstance(leaf, QuantizedArray):
+        return str(leaf.format)
+    return type(leaf).__name__ if is_stored(leaf) else str(leaf.dtype)
 
 
 def _row(path: str, w: np.ndarray, form: str, n_bytes: int, axes: Axes | None, guess: bool) -> WeightSummary:

@@ -78,7 +78,7 @@ def integers(w):
 
 
 FLOAT = "convert it with .astype(jnp.float32)"
-ARRAY = "for a tree use jax.tree.map, or on_tree with a transform; else convert it with jnp.asarray"
+ARRAY = "for a tree use jax.tree.map, on_tree or one_shot; else convert it with jnp.asarray"
 REAL = "transform .real and .imag on their own"
 NUMBER = "pass a real number"
 NAN = "look where it was computed"

@@ -254,6 +254,8 @@ CASES = [
     ("nse under jit", lambda: jax.jit(jw.sparse.to_csr)(W), V, "nse must be given under jit"),
     ("n_clusters 0", lambda w: jw.cluster(w, 0), V, "n_clusters must be at least 1, got 0"),
     ("n_clusters 2.0", lambda w: jw.cluster(w, 2.0), T, INTEGER),
+    ("cluster start", lambda w: jw.cluster(w, 2, start="random"), V, "'linear', 'density' or 'optimal'"),
+    ("cluster keep_zeros", lambda w: jw.cluster(w, 2, keep_zeros=1), T, "pass a bool"),
     ("cluster nothing", lambda w: jw.cluster(w[:0], 2), V, "leave it out of `where`"),
     ("eps < 0, weights", lambda w: jw.weight_standardize(w, eps=-1e-5), V, "eps must be at least 0"),
     ("eps < 0, batch", lambda w: jw.batch_norm(w, eps=-1e-5), V, "eps must be at least 0"),

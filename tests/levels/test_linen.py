@@ -128,6 +128,18 @@ def test_fold_gives_the_variables_of_the_plain_module():
     np.testing.assert_allclose(Mlp().apply(plain, X), model.apply(variables, X), rtol=1e-6)
 
 
+def test_store_keeps_the_weights_of_training_in_few_bits():
+    model = jw.linen.Transformed(Mlp(), jw.Chain(LOOSENED, jw.FakeQuantize("int4", decay=0.9)))
+    variables = model.init(jax.random.key(0), X)
+    grown = variables | {"params": jax.tree.map(lambda w: 1.5 * w, variables["params"])}
+    _, moved = model.apply(grown, X, mutable=True)
+    stored, folded = jw.linen.store(model, moved), jw.linen.fold(model, moved)
+    assert str(stored["params"]["first"]["kernel"].format) == "int4"
+    jax.tree.map(np.testing.assert_array_equal, jw.densify(stored), folded)
+    y = jax.jit(jw.with_stored(Mlp().apply))(stored, X)
+    np.testing.assert_allclose(y, model.apply(moved, X), rtol=1e-5, atol=1e-6)
+
+
 def test_other_methods_see_transformed_weights():
     model = jw.linen.Transformed(Mlp(), jw.ClipWeights(0.0))
     variables = init(model)

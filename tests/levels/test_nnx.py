@@ -250,6 +250,19 @@ def test_fold_gives_the_plain_module():
     assert not np.array_equal(plain.first.bias[...], model.first.bias[...])
 
 
+def test_store_keeps_the_weights_of_training_in_few_bits():
+    model = make(jw.Chain(LOOSENED, jw.FakeQuantize("int4", decay=0.9)))
+    model(X)
+    model.eval()
+    graph, stored = nnx.split(jw.nnx.store(model))
+    assert str(nnx.to_pure_dict(stored)["first"]["kernel"].format) == "int4"
+    assert "int4" in str(stored) and "QuantizedArray" in str(nnx.merge(graph, stored))
+    folded = nnx.state(jw.nnx.fold(model), nnx.Param)
+    jax.tree.map(np.testing.assert_array_equal, jw.densify(nnx.filter_state(stored, nnx.Param)), folded)
+    y = jax.jit(jw.with_stored(lambda state, x: nnx.merge(graph, state)(x)))(stored, X)
+    np.testing.assert_allclose(y, model(X), rtol=1e-5, atol=1e-6)
+
+
 def test_split_merge_and_clone_keep_the_transform():
     model = make(jw.ClipWeights(0.1))
     model.eval()

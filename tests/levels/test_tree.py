@@ -179,6 +179,29 @@ def test_a_schedule_moves_with_the_updates():
     assert seen == [4, 4, 3, 2, 1, 0]
 
 
+def test_a_tree_is_stored_as_it_was_trained():
+    drawn = jax.random.normal(KEY, (5, 32, 6))
+    params = {name: {"kernel": w, "bias": jnp.ones(6)} for name, w in zip("abcde", drawn, strict=True)}
+    rules = {
+        "a/kernel": jw.FakeQuantize("int4", decay=0.9),
+        "b/kernel": jw.LSQ(3, block=8),
+        "c/kernel": jw.Chain(jw.Prune(0.5), jw.FakeQuantize("nf4")),
+        "d/kernel": jw.ClipWeights(1.0),
+    }
+    lifted = jw.on_tree(rules)
+    state = lifted.init(params, KEY)
+    trained = jax.tree.map(lambda w: 1.5 * w, params)
+    state = lifted.update(trained, state)
+    for store in lifted.store, jax.jit(lifted.store):
+        stored = store(trained, state)
+        quantized = {name: q for name, layer in stored.items() if isinstance(q := layer["kernel"], jw.QuantizedArray)}
+        assert {name: str(q.format) for name, q in quantized.items()} == {"a": "int4", "b": "int3, block 8", "c": "nf4"}
+        same = jax.tree.map(np.array_equal, jw.densify(stored), lifted.apply(trained, state))
+        assert all(jax.tree.leaves(same))
+    assert int(jnp.sum(jw.densify(stored)["c"]["kernel"] == 0)) >= 96  # the mask is kept
+    assert float(jnp.max(stored["d"]["kernel"])) == 1.0
+
+
 def test_tie_and_its_gradient():
     params = {"embed": jax.random.normal(KEY, (3, 2)), "head": jnp.zeros((3, 2))}
     x = jnp.array([1.0, 2.0])

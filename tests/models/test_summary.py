@@ -119,7 +119,7 @@ def test_stored_weights_show_what_they_store():
         assert row.nbytes == sum(a.nbytes for a in jax.tree.leaves(tree[path]))
         assert row[1] == (16, 32) and row.density == 0.5 and row.pattern == "2:4"
         assert row.values == 3 and row.sigma == pytest.approx(np.linalg.norm(w, 2), rel=0.01)
-    assert rows["packed"].form == "PackedArray" and rows["dense"].form == "bfloat16"
+    assert rows["packed"].form == "PackedArray" and rows["dense"].form == "bfloat16" and rows["codes"].form == "int8"
     assert summary.nbytes == sum(r.nbytes for r in summary.rows)
     assert summary.size == 5 * 512 and summary.density == 0.5
     assert summary.norm == pytest.approx(np.linalg.norm(w) * math.sqrt(5), rel=0.01)

@@ -1,4 +1,4 @@
-"""What is done with the variables of a transformed Linen module: fold them, update or make the state."""
+"""What is done with the variables of a transformed Linen module: fold or store them, update or make the state."""
 
 from __future__ import annotations
 
@@ -39,8 +39,34 @@ def fold(model: Transformed, variables: Mapping[str, Any]) -> dict[str, Any]:
     0.0
     """
     bound = _bind(model, variables, "fold")
-    params = bound.tree.replaced(bound.apply(stored_state(bound, variables)))
-    return {name: value for name, value in variables.items() if name != STATE} | {"params": params}
+    return _plain(variables, bound.tree.replaced(bound.apply(stored_state(bound, variables))))
+
+
+def store(model: Transformed, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """`fold`, with the weights as they are kept after training: stored in few bits under `FakeQuantize` and `LSQ`.
+
+    `with_stored(model.module.apply)(store(model, variables), ...)` equals `model.apply(variables, ...)` up to rounding.
+
+    Args:
+      model: a `Transformed` module.
+      variables: all its collections. For one inside a larger model, its part of them.
+
+    Returns:
+      The collections without the state of the transform.
+
+    Raises:
+      TypeError: `model` is not a `Transformed`.
+      ValueError: the state is missing, or no format has the values that `FakeQuantize` trains.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> model = jw.linen.Transformed(nn.Dense(8), jw.FakeQuantize("int4"))
+    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 64)))
+    >>> print(store(model, variables)["params"]["kernel"])
+    QuantizedArray(64×8 float32 as int4; 288 bytes)
+    """
+    bound = _bind(model, variables, "store")
+    return _plain(variables, bound.tree.replaced(bound.store(stored_state(bound, variables))))
 
 
 def update_state(model: Transformed, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,6 +190,11 @@ def init_state(model: nn.Module, variables: Mapping[str, Any], key: Any, *args: 
         )
     filled = {**given, "params": _merged(given["params"], new["params"])}
     return filled | {STATE: new[STATE]} if new[STATE] else filled
+
+
+def _plain(variables: Mapping[str, Any], params: Any) -> dict[str, Any]:
+    """The collections of the plain module with these parameters."""
+    return {name: value for name, value in variables.items() if name != STATE} | {"params": params}
 
 
 def _bind(model: Any, variables: Mapping[str, Any], verb: str) -> BoundTransform:

@@ -151,10 +151,33 @@ def fold(module: M) -> M:
     >>> print(type(fold(model)).__name__, fold(model).kernel[...].sum())
     Linear 0.0
     """
+    return _plain(module, "fold", BoundTransform.apply)
+
+
+def store(module: M) -> M:
+    """`fold`, with the weights as they are kept after training: stored in few bits under `FakeQuantize` and `LSQ`.
+
+    Split the result into `graph, state`, and run `with_stored(lambda state, x: nnx.merge(graph, state)(x))`.
+
+    Raises:
+      ValueError: `module` is not transformed, or no format has the values that `FakeQuantize` trains.
+
+    >>> from flax import nnx
+    >>> import jaxweights as jw
+    >>> model = transformed(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), jw.FakeQuantize("int4"))
+    >>> print(nnx.to_pure_dict(nnx.state(store(model)))["kernel"])
+    QuantizedArray(64×8 float32 as int4; 288 bytes)
+    """
+    return _plain(module, "store", BoundTransform.store)
+
+
+def _plain(module: M, verb: str, weights: Callable[[BoundTransform, TreeState], Mapping[str, Any]]) -> M:
+    """A copy of a transformed module, of its original class, with these weights."""
     if not hasattr(module, STATE):
-        raise ValueError(f"module is a {type(module).__name__} that is not transformed: there is nothing to fold")
+        raise ValueError(f"module is a {type(module).__name__} that is not transformed: there is nothing to {verb}")
     control = getattr(module, STATE)
-    plain = _shadow(module, type(module).__mro__[1], control.lifted.bind(params_of(module)), control._read())
+    bound = control.lifted.bind(params_of(module))
+    plain = _shadow(module, type(module).__mro__[1], bound, weights(bound, control._read()))
     delattr(plain, STATE)
     for part in _parts(plain):
         _set_class(part, type(part).__mro__[1])
@@ -173,9 +196,8 @@ def _set_class(module: nnx.Module, cls: type[nnx.Module]) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-def _shadow(module: Any, base: type[nnx.Module], bound: BoundTransform, state: TreeState) -> Any:
-    """The module as its original class, with transformed weights; all other variables are the module's own."""
-    new = bound.apply(state)
+def _shadow(module: Any, base: type[nnx.Module], bound: BoundTransform, new: Mapping[str, Any]) -> Any:
+    """The module as its original class, with new weights; all other variables are the module's own."""
 
     def swap(path, variable):
         name = name_of(path)
@@ -198,7 +220,7 @@ def _call(self: Any, base: type[nnx.Module], method: str, args: tuple, kwargs: d
     elif state.fixed:
         state = bound.update(state)
         control._write(state)
-    shadow = _shadow(self, base, bound, state)
+    shadow = _shadow(self, base, bound, bound.apply(state))
     for part in _parts(shadow):
         object.__setattr__(part, _IN_A_CALL, True)  # no attribute that Flax keeps books of
     pairs = [(mine, its, dict(vars(its))) for mine, its in zip(nodes(self), nodes(shadow), strict=True)]

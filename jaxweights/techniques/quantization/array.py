@@ -155,7 +155,8 @@ class QuantizedArray:
         return product(x, self, lambda rows: times(rows, self.astype(x.dtype)))
 
     def __repr__(self):
-        if not all(hasattr(a, "size") for a in jax.tree.leaves(self)):  # a tree of anything else, such as shardings
+        arrays = [self.words, *jax.tree.leaves(self)]
+        if not all(hasattr(a, "size") for a in arrays):  # a tree of anything else, such as shardings
             return f"QuantizedArray(words={self.words!r}, scale={self.scale!r})"
         shape = "×".join(map(str, self.shape))
         return f"QuantizedArray({shape} {self.dtype} as {self.format}; {self.nbytes:,} bytes)"

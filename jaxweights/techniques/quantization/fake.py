@@ -13,13 +13,13 @@ from jaxweights.core.axes import WHOLE, Axes, Reading, axes_or_default
 from jaxweights.core.checks import check_integer, check_scalar, check_state, check_weight
 from jaxweights.core.transform import Scalar, State, Transform
 from jaxweights.numerics.dtypes import accumulation_dtype
-from jaxweights.numerics.norms import safe_divide
 from jaxweights.numerics.straight_through import straight_through
 from jaxweights.techniques.quantization.array import QuantizedArray
 from jaxweights.techniques.quantization.blocking import Blocking, tells_apart
 from jaxweights.techniques.quantization.blocks import Parts, bounded
 from jaxweights.techniques.quantization.formats import Format, format_of, integers
 from jaxweights.techniques.quantization.grids import Integers
+from jaxweights.techniques.quantization.min_max import min_max
 from jaxweights.techniques.quantization.quantize import check_range, store
 from jaxweights.techniques.quantization.ranges import HQQ, AbsMax, Range
 
@@ -39,7 +39,7 @@ def fake_quantize(
     """Rounds a weight to few values, in its own dtype: 2^bits from its minimum to its maximum, or those of a format.
 
     With a number of bits, w_q = round((w − w_min)/(w_max − w_min)·(2^b − 1))·(w_max − w_min)/(2^b − 1) + w_min, rounded
-    half to even. 0 is in general none of these values: what was pruned becomes ±Δ/2 at most. With `keep_zeros` it is
+    half to even. 0 is in general not one of these values: what was pruned becomes ±Δ/2 at most. With `keep_zeros` it is
     one: the range is widened to hold 0, and the values shifted so that one of them is 0. With a format,
     w_q = dequantize(quantize(w, format)), bit for bit.
 
@@ -62,7 +62,8 @@ def fake_quantize(
       be finite.
 
     Raises:
-      TypeError: `w` is not a float array, `bits` is neither an integer nor a format, or `range` is none.
+      TypeError: `w` is not a float array, `bits` is neither an integer nor a format, or `range` not one of
+        `jaxweights.ranges`.
       ValueError: `bits` or `block` is out of range, an argument belongs to formats only, or `axes` does not fit `w`.
 
     >>> import jax.numpy as jnp
@@ -258,25 +259,10 @@ class FakeQuantize(Transform):
         if callable(self.bits):
             bits = jnp.clip(jnp.round(bits), least, most).astype(jnp.int32)
         if not self.keep_zeros:
-            return _min_max(w, bits, self._over(w), ends)
+            return min_max(w, bits, self._over(w), ends)
         each = [self._integers(n) for n in (2, 3, 4, 5, 6, 7, 8)]
         choices = [partial(_in_format, blocking=self._blocking(f, w.shape), range=AbsMax()) for f in each]
         return jax.lax.switch(bits - least, choices, w, ends)
-
-
-def _min_max(w: jax.Array, bits, over: tuple[int, ...], ends: State | None) -> jax.Array:
-    """The formula of `fake_quantize` between the least and the greatest weight, or the given ends."""
-    x = w.astype(accumulation_dtype(w.dtype))
-    levels = jnp.asarray((1 << bits) - 1, x.dtype) if isinstance(bits, jax.Array) else 2**bits - 1
-    if ends is None:
-        low, high = jnp.min(x, over, keepdims=True), jnp.max(x, over, keepdims=True)
-    else:
-        low, high = ends["low"].astype(x.dtype), ends["high"].astype(x.dtype)
-    unit = jnp.where(jnp.maximum(-low, high) > 1, 1 / 16, 1).astype(x.dtype)  # else the range or 1/range may overflow
-    span = high * unit - low * unit
-    code = jnp.clip(jnp.round(safe_divide(x * unit - low * unit, span) * levels), 0, levels)
-    rounded = jnp.where(code == levels, high, (low * unit + code / levels * span) / unit)  # the maximum exactly
-    return jnp.where(high == low, jnp.clip(x, low, high), rounded).astype(w.dtype)
 
 
 @partial(jax.jit, static_argnames=("blocking", "range"))

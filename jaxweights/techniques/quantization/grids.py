@@ -126,7 +126,7 @@ class Levels:
         return max(map(abs, self.values))
 
     def encode(self, x: jax.Array, uniform: jax.Array | None = None) -> jax.Array:
-        """The codes of the nearest values, of the lower one where two are as near."""
+        """The codes of the nearest values, the lower one in a tie."""
         order = np.argsort(self.values, kind="stable")
         ascending = np.asarray(self.values, np.float32)[order]
         if uniform is None:
@@ -150,7 +150,7 @@ class Floats:
     Args:
       exponent: number of exponent bits e; the bias is 2^(e − 1) − 1.
       mantissa: number of mantissa bits.
-      n_special: how many of the largest codes of each sign are no numbers, and are read as NaN.
+      n_special: how many of the largest codes of each sign are not numbers: they decode to NaN.
 
     >>> import jax.numpy as jnp
     >>> e2m1 = Floats(2, 1)
@@ -214,9 +214,8 @@ def _to_integer(x: jax.Array, uniform: jax.Array | None) -> jax.Array:
     if uniform is None:
         return jnp.round(x)
     below = jnp.floor(x)
-    return below + (uniform.astype(x.dtype) < x - below).astype(
-        x.dtype
-    )  # ⌊x + u⌋ rounds x + u, and may miss an integer x
+    # Not ⌊x + u⌋: the sum is rounded, and may move an integer x.
+    return below + (uniform.astype(x.dtype) < x - below).astype(x.dtype)
 
 
 def _count(conditions: Iterable[jax.Array]) -> jax.Array:

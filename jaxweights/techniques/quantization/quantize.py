@@ -43,13 +43,13 @@ def quantize(
       block: number of consecutive inputs of an output unit that share a scale, in place of that of the format. The last
         block may be shorter.
       range: how scales are chosen, one of `jaxweights.ranges`. By default `AbsMax`; `AbsMean` for ternary and binary.
-      key: `jax.random` key, to round stochastically: E[ŵ] = w within the range. By default rounds to nearest.
+      key: `jax.random` key, to round stochastically: E[ŵ] = w within the range. By default, to nearest.
 
     Returns:
       A `QuantizedArray`. A block of zeros has scale 0. Weights must be finite.
 
     Raises:
-      TypeError: `w` is not a float array, or `format` or `range` is none.
+      TypeError: `w` is not a float array, `format` not a format, or `range` not one of `jaxweights.ranges`.
       ValueError: a number is out of range, or `axes` does not fit `w`.
 
     >>> import jax.numpy as jnp

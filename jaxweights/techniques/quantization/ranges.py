@@ -40,6 +40,11 @@ class AbsMax(Range):
     """From −max|w| to max|w|: no weight is clipped. With a zero point, from min(w, 0) to max(w, 0).
 
     0 is a value of the grid, so what is pruned stays so.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> print(jw.quantize(jnp.array([3.0, -1.4, 0.2]), 3, range=jw.ranges.AbsMax()).todense())
+    [ 3. -1.  0.]
     """
 
     def fit(self, x, over, format, there=None):
@@ -55,6 +60,11 @@ class AbsMax(Range):
 @dataclasses.dataclass(frozen=True)
 class AbsMean(Range):
     """scale = mean|w|: the best for binary weights, and that of BitNet b1.58 for ternary ones.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> print(jw.quantize(jnp.array([3.0, -1.4, 0.2, -0.2]), "ternary").todense().round(1))
+    [ 1.2 -1.2  0.   0. ]
 
     References: Rastegari et al., XNOR-Net, arXiv:1603.05279, 2016; Ma et al., The Era of 1-bit LLMs, arXiv:2402.17764,
     2024.
@@ -73,7 +83,12 @@ class Percentile(Range):
     """The magnitude that this percentage of the weights of a block does not exceed; what lies beyond is clipped.
 
     Args:
-      percent: in (0, 100], as 99.9.
+      percent: from 0 to 100.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> print(jw.quantize(jnp.array([9.0, 3.0, -2.0, 1.0, 0.0]), 3, range=jw.ranges.Percentile(75)).todense())
+    [ 3.  3. -2.  1.  0.]
     """
 
     percent: float = 99.9
@@ -104,6 +119,14 @@ class MSE(Range):
     Args:
       steps: number of ranges to try.
       least: the smallest, as a fraction of the whole range.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> w = jnp.array([3.0] + 8 * [1.0])
+    >>> for range in jw.ranges.AbsMax(), jw.ranges.MSE():
+    ...     print(round(float(jnp.square(jw.quantize(w, 2, range=range).todense() - w).sum()), 1))
+    8.0
+    3.6
 
     References: Choukroun et al., Low-bit Quantization of Neural Networks for Efficient Inference, arXiv:1902.06822,
     2019.
@@ -147,13 +170,21 @@ class HQQ(Range):
     """Half-quadratic quantization: the zero point with the least ‖w − ŵ‖_p, p < 1, which outliers hardly move.
 
     Alternates e = shrink(w − ŵ, β), z = mean(code − (w − e)/s), β ← κβ; shrink(d) = sign(d)·max(|d| − |d|^(p−1)/β, 0).
-    Zero points are floating-point numbers, so 0 is in general no value of the grid.
+    Zero points are floating-point numbers, so in general 0 is not on the grid.
 
     Args:
       steps: of the alternation. The best zero points on the way are kept.
       p: exponent of the norm.
       beta: β at the start.
       kappa: κ.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxweights as jw
+    >>> w, format = jnp.arange(-8.0, 8.0).at[0].set(-30), jw.formats.integers(2, symmetric=False)
+    >>> for range in jw.ranges.AbsMax(), jw.ranges.HQQ():
+    ...     print(f"{float(jnp.abs(jw.quantize(w, format, range=range).todense() - w).mean()):.1f}")
+    3.6
+    2.5
 
     References: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, 2023.
     """

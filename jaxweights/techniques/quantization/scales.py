@@ -30,6 +30,13 @@ class ScaleFormat:
       outer: number of consecutive blocks of an output unit whose scales are codes times one factor in float32: double
         quantization. 0 is one factor for the whole matrix. None is no factor.
 
+    >>> import jaxweights as jw
+    >>> for scale in ScaleFormat(), ScaleFormat("bfloat16"), ScaleFormat("uint8", outer=256):
+    ...     print(jw.formats.integers(4, block=32, scale=scale).bits_per_weight(8192, 64))
+    5.0
+    4.5
+    4.25390625
+
     References: Dettmers et al., QLoRA, arXiv:2305.14314, 2023 (double quantization); Rouhani et al., Microscaling Data
     Formats for Deep Learning, arXiv:2310.10537, 2023 (powers of two).
     """
