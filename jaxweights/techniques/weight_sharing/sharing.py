@@ -10,9 +10,9 @@ import numpy as np
 
 from jaxweights.core.checks import check_integer, check_state, check_weight
 from jaxweights.core.transform import Transform
-from jaxweights.numerics.dtypes import accumulation_dtype
 from jaxweights.numerics.sharding import auto_sharded
-from jaxweights.techniques.weight_sharing.clustering import cluster, group_means
+from jaxweights.techniques.weight_sharing.clustering import Start, check_start, cluster
+from jaxweights.techniques.weight_sharing.groups import average
 from jaxweights.techniques.weight_sharing.indices import hash_index
 
 
@@ -57,11 +57,13 @@ def share(codebook: jax.Array, index: jax.Array) -> jax.Array:
 class ShareWeights(Transform):
     """Restricts a weight to at most `n` distinct values: w'[i] is the mean of the weights in the group of i.
 
-    `init` fixes the groups: by value (k-means, `cluster`), or at random by a hash of the position if `seed` is given
-    (`hash_index`). The mean is the orthogonal projection onto the subspace of shared weights. The members of a group
-    therefore stay equal after `optax` updates, and each receives the mean gradient of its group.
+    `init` fixes the groups: by value (k-means, `cluster`, whose `start` and `keep_zeros` these are), or at random by a
+    hash of the position if `seed` is given (`hash_index`). Zeros that are kept stay zeros, besides the `n` values. The
+    mean is the orthogonal projection onto the subspace of shared weights. The members of a group therefore stay equal
+    after `optax` updates, and each receives the mean gradient of its group.
 
-    State: `index`, shape of `w`, of the smallest integer dtype that holds it: the group of each weight.
+    State: `index`, shape of `w`, of the smallest integer dtype that holds it: the group of each weight, and
+    −1 for a zero that is kept.
 
     >>> import jax, jax.numpy as jnp
     >>> w, t = jnp.array([0.0, 0.25, 1.0, 1.25]), ShareWeights(2)
@@ -73,17 +75,22 @@ class ShareWeights(Transform):
 
     n: int
     seed: int | None = None
+    start: Start = "linear"
+    keep_zeros: bool = False
 
     def __post_init__(self):
         check_integer("n", self.n, 1, 2**31 - 1)
         if self.seed is not None:
             check_integer("seed", self.seed, 0)
+            if self.keep_zeros or self.start != "linear":
+                raise ValueError("start and keep_zeros are for groups by value: leave them out with a seed")
+        check_start(self.start, self.keep_zeros)
 
     def init(self, w, key):
         """The group of each weight."""
         w = check_weight(w)
         if self.seed is None:
-            _, index = cluster(w, self.n)
+            _, index = cluster(w, self.n, start=self.start, keep_zeros=self.keep_zeros)
         else:
             index = jnp.asarray(hash_index(w.shape, self.n, self.seed))
         return {"index": index}
@@ -93,9 +100,4 @@ class ShareWeights(Transform):
         w = check_weight(w)
         check_state(state, index=jax.ShapeDtypeStruct(w.shape, jnp.int32))
 
-        def average(w, index):
-            x = w.astype(accumulation_dtype(w.dtype))
-            rough = group_means(x, index, jnp.zeros(self.n, x.dtype))
-            return share(group_means(x, index, jax.lax.stop_gradient(rough)), index).astype(w.dtype)
-
-        return auto_sharded(average, w, state["index"], like=w)
+        return auto_sharded(lambda w, index: average(w, index, self.n), w, state["index"], like=w)

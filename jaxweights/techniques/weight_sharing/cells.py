@@ -1,0 +1,55 @@
+"""The values of a weight as few sorted cells: what k-means in one dimension needs to know of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.techniques.weight_sharing.groups import group_means
+
+N_CELLS = 2**14
+"""The most cells. A weight of up to as many entries has one for each of them."""
+
+
+class Cells(NamedTuple):
+    """Sorted values, and how many entries each stands for (as floats; 0 for a cell that is empty)."""
+
+    value: jax.Array
+    size: jax.Array
+
+
+QUARTER = 0.25
+"""The factor of the values of cells and centroids: the difference of two does not overflow."""
+
+
+def quarter(w: jax.Array) -> jax.Array:
+    """A quarter of `w`, in the dtype to accumulate in."""
+    return w.astype(accumulation_dtype(w.dtype)) * QUARTER
+
+
+def cells_of(w: jax.Array, *, keep_zeros: bool) -> Cells:
+    """Quarters of the sorted entries of a small array, or their histogram. Without zeros, if these are kept.
+
+    A cell of the histogram has a width of (max − min)/`N_CELLS`, and the mean of its entries for a value.
+    """
+    if w.size <= N_CELLS:
+        x = quarter(w)
+        counted = x != 0 if keep_zeros else jnp.ones(x.shape, bool)
+        rank = jnp.where(counted, x, jnp.inf).ravel()  # what does not count comes last
+        value, size = jax.lax.sort([rank, counted.ravel().astype(x.dtype)], num_keys=1)
+        return Cells(jnp.where(size > 0, value, jnp.max(jnp.where(size > 0, value, -jnp.inf))), size)
+    counted = w != 0 if keep_zeros else None
+    low, high = (quarter(f(w, where=counted, initial=end)) for f, end in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf)))
+    width = (high - low) / N_CELLS
+
+    def cell(w):
+        place = jnp.where(width > 0, jnp.floor((quarter(w) - low) / width), 0).astype(jnp.int32)
+        place = jnp.clip(place, 0, N_CELLS - 1)
+        return jnp.where(w == 0, -1, place) if keep_zeros else place
+
+    mean, size = group_means(w, cell, N_CELLS)
+    empty = low + (jnp.arange(N_CELLS, dtype=mean.dtype) + mean.dtype.type(0.5)) * width
+    return Cells(jnp.where(size > 0, mean * QUARTER, empty), size.astype(mean.dtype))
