@@ -26,7 +26,7 @@ def kept_matrix(w, mask, axes: Axes | None) -> tuple[jax.Array, jax.Array, Layer
     if mask.shape != w.shape:
         raise ValueError(f"mask must have the shape {w.shape} of w, got {mask.shape}: one entry per weight")
     matrix, layer = stored_matrix(w, axes)
-    return matrix, stored_matrix(mask, axes)[0], layer
+    return matrix, stored_matrix(jnp.asarray(mask), axes)[0], layer
 
 
 def capacity(name: str, kept: jax.Array, given: int | None) -> int:
