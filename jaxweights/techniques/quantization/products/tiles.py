@@ -38,9 +38,15 @@ def tiled_times(x: jax.Array, q: QuantizedArray) -> jax.Array:
     if tiles.whole:
         y = add(y, x[:, : tiles.size], 0)  # apart from the others: it gives the loop a carry of the right type
     if tiles.whole > 1:
-        parts = x[:, tiles.size : in_whole].reshape(m, tiles.whole - 1, tiles.size).swapaxes(0, 1)
         step = jax.checkpoint(add, prevent_cse=False)
-        y, _ = lax.scan(lambda y, a: (step(y, *a), None), y, (parts, jnp.arange(1, tiles.whole)))
+
+        # x is carried, behind a barrier: JAX 0.7 does not transpose a loop over a tangent, or with a constant one.
+        def visit(carry: tuple[jax.Array, jax.Array], tile: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+            y, x = carry
+            part = lax.dynamic_slice_in_dim(x, tile * tiles.size, tiles.size, 1)
+            return (step(y, part, tile), lax.optimization_barrier(x)), None
+
+        (y, _), _ = lax.scan(visit, (y, x), jnp.arange(1, tiles.whole))
     if tiles.rest:
         y = add(y, x[:, in_whole:], tiles.whole)
     if not tiles.by_block:
