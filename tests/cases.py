@@ -153,7 +153,7 @@ TRANSFORMS = [
     Case("around clip_norm", lambda: jw.Around(jw.ClipNorm(halving)), shape=CONV, kind="Around"),
     Case("share_weights", lambda: jw.ShareWeights(8)),
     Case("share_weights hash", lambda: jw.ShareWeights(8, seed=0)),
-    Case("share_weights optimal", lambda: jw.ShareWeights(8, start="optimal", keep_zeros=True)),
+    Case("share_weights density", lambda: jw.ShareWeights(8, start="density", keep_zeros=True)),
     Case("fake_quantize", lambda: jw.FakeQuantize(4), kind="straight-through"),
     Case("fake_quantize per unit", lambda: jw.FakeQuantize(4, per_unit=True), shape=CONV),
     Case("fake_quantize zeros", lambda: jw.FakeQuantize(4, keep_zeros=True)),

@@ -35,14 +35,15 @@ def cells_of(w: jax.Array, *, keep_zeros: bool) -> Cells:
 
     A cell of the histogram has a width of (max − min)/`N_CELLS`, and the mean of its entries for a value.
     """
+    counted = w != 0 if keep_zeros else jnp.ones(w.shape, bool)
+    largest = jnp.finfo(w.dtype).max
+    low, high = (quarter(f(w, where=counted, initial=end)) for f, end in ((jnp.min, largest), (jnp.max, -largest)))
+    low, high = (jnp.where(jnp.any(counted), end, 0) for end in (low, high))
     if w.size <= N_CELLS:
         x = quarter(w)
-        counted = x != 0 if keep_zeros else jnp.ones(x.shape, bool)
-        rank = jnp.where(counted, x, jnp.inf).ravel()  # what does not count comes last
+        rank = jnp.where(counted, x, jnp.finfo(x.dtype).max).ravel()  # what does not count comes last
         value, size = jax.lax.sort([rank, counted.ravel().astype(x.dtype)], num_keys=1)
-        return Cells(jnp.where(size > 0, value, jnp.max(jnp.where(size > 0, value, -jnp.inf))), size)
-    counted = w != 0 if keep_zeros else None
-    low, high = (quarter(f(w, where=counted, initial=end)) for f, end in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf)))
+        return Cells(jnp.where(size > 0, value, high), size)
     width = (high - low) / N_CELLS
 
     def cell(w):

@@ -105,8 +105,9 @@ def _index(w: jax.Array, centroids: jax.Array, keep_zeros: bool) -> jax.Array:
 def _linear_start(cells: Cells, n: int) -> jax.Array:
     """Centroids evenly spaced over the range of the values."""
     counted = cells.size > 0
-    low = jnp.min(cells.value, where=counted, initial=jnp.inf)
-    high = jnp.max(cells.value, where=counted, initial=-jnp.inf)
+    largest = jnp.finfo(cells.value.dtype).max
+    low = jnp.min(cells.value, where=counted, initial=largest)
+    high = jnp.max(cells.value, where=counted, initial=-largest)
     low, high = (jnp.where(jnp.any(counted), end, 0) for end in (low, high))
     fraction = jnp.linspace(0, 1, n, dtype=cells.value.dtype)
     return low * (1 - fraction) + high * fraction

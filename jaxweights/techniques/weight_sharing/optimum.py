@@ -64,7 +64,7 @@ def _least(total, n: int) -> tuple[jax.Array, jax.Array]:
         before = jnp.cumsum(high - low + 1) - (high - low + 1)
         i = low[owner] + jnp.arange(owner.size, dtype=jnp.int32) - before[owner].astype(jnp.int32)
         is_ours = i <= high[owner]
-        value = jnp.where(is_ours, total(jnp.minimum(i, high[owner]), j[owner]), jnp.inf)
+        value = jnp.where(is_ours, total(jnp.minimum(i, high[owner]), j[owner]), jnp.finfo(dtype).max)
         found = jax.ops.segment_min(value, owner, j.size, indices_are_sorted=True)
         at = jnp.where(is_ours & (value == found[owner]), i, n)
         least = least.at[j].set(found)
