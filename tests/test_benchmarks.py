@@ -66,6 +66,14 @@ def test_products_with_sparse_weights(tmp_path):
 
 
 @pytest.mark.slow
+def test_products_with_low_bit_weights(tmp_path):
+    report, out = quick("low_bit", tmp_path)
+    for result in report["results"]:
+        assert result["error"] < (0.02 if result["format"].endswith("int8 x") else 1e-5)
+        assert 0 < result["bytes"] < 0.3 and result["format"] in out
+
+
+@pytest.mark.slow
 def test_selection(tmp_path):
     results = quick("selection", tmp_path)[0]["results"]
     assert {(r["dtype"], r["other"]) for r in results} >= {("float32", "argsort"), ("bfloat16", "top_k")}
@@ -97,6 +105,27 @@ def test_training_in_bfloat16(tmp_path):
     assert all(name in out and np.isfinite(r["held_out"]).all() for name, r in report["results"].items())
     first, last = np.mean(report["results"]["float32"]["train"], 0)[[0, -1]]
     assert last < first / 2
+
+
+@pytest.mark.slow
+def test_quantization(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RUN.parents[1] / "examples")
+    import minilm_model
+
+    if lacking := minilm_model.missing():
+        pytest.skip(f"MiniLM needs packages that are not installed: {'; '.join(lacking)}")
+    report, out = quick("quantization", tmp_path, *(f"--only={part}" for part in ("minilm", "layers", "times")))
+    found = {(r["format"], r["method"]): r for r in report["minilm"]}
+    dense = found.pop(("float32", ""))
+    for (name, method), r in found.items():
+        nearest = found[name, "round to nearest"]
+        assert method in ("round to nearest", "HQQ") or nearest["cosine"] < r["cosine"] < 1, (name, method)
+        assert r["bits"] < 5 and r["file"] < dense["file"] / 4 and method in out
+    assert all(r["ratio"]["median"] > 0 and r["error"] < 1e-4 for r in report["minilm_times"])
+    assert set(report["not_installed"]) == {peer for peer in ("qwix", "torchao") if peer not in report["environment"]}
+    ours = {r["method"]: r for r in report["layers"] if r["package"] == "jaxweights"}
+    assert ours["round to nearest"]["bits"] == ours["GPTQ"]["bits"] == 4 + 32 / 128
+    assert ours["GPTQ"]["output"] < ours["round to nearest"]["output"] < ours["round to nearest"]["weight"] * 3
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, KEY
-from contract.table import close, every_case, weight
+from contract.table import close, each_kind, weight
 from x64 import enable_x64
 
 import jaxweights as jw
@@ -98,7 +98,7 @@ def test_values_and_gradients_are_the_same(case, mode):
         close(a, b, 1e-4)
 
 
-@every_case
+@each_kind
 def test_nothing_is_promoted_or_left_undefined(case):
     """Eagerly, so that JAX sees each intermediate value."""
     with raising():
