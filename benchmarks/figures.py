@@ -18,7 +18,16 @@ EXAMPLES, RESULTS = (Path(__file__).parents[1] / folder for folder in ("examples
 FILES = {
     **{
         name: RESULTS / f"{name}.json"
-        for name in ("cpu", "spectral_norm", "norms", "selection", "bf16_training", "clients")
+        for name in (
+            "cpu",
+            "spectral_norm",
+            "norms",
+            "selection",
+            "bf16_training",
+            "clients",
+            "quantization",
+            "low_bit",
+        )
     },
     **{name: EXAMPLES / f"{name}.json" for name in ("minilm", "sparse_training", "gan_digits", "gan_fashion_mnist")},
 }
@@ -189,6 +198,83 @@ def clients() -> str:
     return table([[heading, *cells] for heading, cells in columns.items()], words=2)
 
 
+def quantized_minilm() -> str:
+    report = read("quantization")
+    rows = [r for r in report["minilm"] if r["method"]]
+    ratios = {(r["format"], tuple(r["shape"])): f"{r['ratio']['median']:.2f}" for r in report["minilm_times"]}
+    shapes = list(dict.fromkeys(shape for _, shape in ratios))
+    formats = list(dict.fromkeys(r["format"] for r in rows))
+    of_nearest = {r["format"]: r for r in rows if r["method"] == "round to nearest"}
+    columns = [
+        ["format", *formats],
+        ["bits a weight", *(f"{of_nearest[name]['bits']:.2f}" for name in formats)],
+        ["file, MB", *(f"{of_nearest[name]['file'] / 1e6:.1f}" for name in formats)],
+        *by_method(rows, "cosine", "{:.4f}"),
+        *(
+            [f"time, {n} × {length} tokens", *(ratios.get((f, (n, length)), "") for f in formats)]
+            for n, length in shapes
+        ),
+    ]
+    return table(columns)
+
+
+def quantized_mobilenet() -> str:
+    rows = read("quantization")["mobilenet"]
+    agreement, snr = by_method(rows, "agreement", "{:.1%}"), by_method(rows, "snr", "{:.1f} dB")
+    cells = [
+        [name, *map(", ".join, zip(a, b, strict=True))] for (name, *a), (_, *b) in zip(agreement, snr, strict=True)
+    ]
+    return table([["format", *dict.fromkeys(r["format"] for r in rows)], *cells])
+
+
+def quantized_layers() -> str:
+    report = read("quantization")
+    formats = list(dict.fromkeys(r["format"] for r in report["layers"]))
+    rows = sorted(report["layers"], key=lambda r: formats.index(r["format"]))
+    rows = [r for r in rows if r["format"].startswith("int") or r["method"] == "round to nearest"]
+    layers = list(dict.fromkeys(r["layer"] for r in report["layers"]))
+    found = {(r["format"], r["package"], r["method"], r["layer"]): r for r in rows}
+    keys = list(dict.fromkeys(key[:3] for key in found))
+    times = {(r["format"], r["package"], "round to nearest"): r for r in report["layer_times"]}
+
+    def time(key: tuple[str, str, str], n: str) -> str:
+        products = times[key]["products"] if key in times else {}
+        return f"{products[n]['ratio']['median']:.2f}" if n in products else ""
+
+    columns = [[heading, *(key[i] for key in keys)] for i, heading in enumerate(("format", "package", "method"))]
+    bits = [next(r["bits"] for r in rows if (r["format"], r["package"], r["method"]) == key) for key in keys]
+    columns.append(["bits a weight", *(f"{b:.2f}" for b in bits)])
+    for layer in layers:
+        of_layer = [found.get((*key, layer)) for key in keys]
+        columns.append([f"error of the outputs: {layer}", *(f"{r['output']:.4f}" if r else "" for r in of_layer)])
+    columns.append(["to round, ms", *(f"{times[k]['quantize_ms']:.0f}" if k in times else "" for k in keys)])
+    columns += [[f"x @ w, {n} row{'s' if n > '1' else ''}", *(time(key, n) for key in keys)] for n in ("1", "16")]
+    return table(columns, words=3)
+
+
+def low_bit() -> str:
+    results = read("low_bit")["results"]
+    formats, rows = (list(dict.fromkeys(r[key] for r in results)) for key in ("format", "rows"))
+    found = {(r["format"], r["rows"]): f"{r['ratio']['median']:.2f}" for r in results}
+    bytes_of = {r["format"]: f"{r['bytes']:.2f}" for r in results}
+    columns = [[f"{n} row{'s' * (n > 1)}", *(found.get((f, n), "") for f in formats)] for n in rows]
+    return table([["format", *formats], ["bytes", *map(bytes_of.__getitem__, formats)], *columns])
+
+
+def by_method(rows: list[dict[str, Any]], key: str, form: str) -> list[list[str]]:
+    """A column for each method and a line for each format, the best in bold."""
+    formats = list(dict.fromkeys(r["format"] for r in rows))
+    found = {(r["format"], r["method"]): form.format(r[key]) for r in rows}
+    best = {f: form.format(max(r[key] for r in rows if r["format"] == f)) for f in formats}
+    marked = lambda cell, f: f"**{cell}**" if cell == best[f] else cell
+    methods = dict.fromkeys(r["method"] for r in rows)
+    return [[m, *(marked(found.get((f, m), ""), f) for f in formats)] for m in methods]
+
+
 REGIONS = {
-    f.__name__: f for f in (versions, minilm, sparse_training, gan, stochastic_rounding, accuracy, speed, clients)
+    f.__name__: f
+    for f in (
+        *(versions, minilm, sparse_training, gan, stochastic_rounding, accuracy, speed, clients),
+        *(quantized_minilm, quantized_mobilenet, quantized_layers, low_bit),
+    )
 }

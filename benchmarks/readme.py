@@ -49,7 +49,10 @@ def of_critics(results: dict[str, Any]) -> dict[str, Any]:
 
 BENCHMARKS = {
     name: f"benchmarks/{name}.py"
-    for name in ("run", "spectral_norm", "norms", "selection", "sparse_matmul", "bf16_training", "clients")
+    for name in (
+        *("run", "spectral_norm", "norms", "selection", "sparse_matmul", "bf16_training", "clients"),
+        *("quantization", "low_bit"),
+    )
 }
 EXAMPLES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # and what of the results of `main` is kept
     "ten_techniques": ("examples/ten_techniques.py", of_runs),

@@ -19,7 +19,8 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
 
 
-def test_every_python_block_runs():
+def test_every_python_block_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a block writes a file
     namespace = {}
     code = blocks("python")
     assert len(code) >= 8

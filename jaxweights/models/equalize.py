@@ -70,14 +70,14 @@ def _equalized(weights: Sequence[jax.Array], groups: Sequence[Group]) -> dict[in
 
     def one_round(state: tuple[dict[int, jax.Array], jax.Array, jax.Array]) -> Any:
         weights, _, n_rounds = state
-        moved = jnp.zeros(())
+        moved = jnp.float32(0)
         for group in groups:
             made = largest(weights, group, [slot for slot in makers(group) if _is_kernel(slot)])
             read = largest(weights, group, readers(group))
             factor = jnp.sqrt(safe_divide(made, read))
             factor = jnp.where(factor > 0, factor, 1)  # a unit of zeros stays
             weights = weights | scaled(weights, group, factor)
-            moved = jnp.maximum(moved, jnp.max(jnp.abs(jnp.log(factor))))
+            moved = jnp.maximum(moved, jnp.max(jnp.abs(jnp.log(factor))).astype(jnp.float32))
         return weights, moved, n_rounds + 1
 
     def goes_on(state: Any) -> jax.Array:

@@ -15,7 +15,7 @@ from jaxweights.core.axes import Axes, Reading
 from jaxweights.core.checks import check_weight
 from jaxweights.core.layer import Layer, same_matrices, transposed_layer
 from jaxweights.core.stored import nbytes, product
-from jaxweights.techniques.quantization.blocks import Parts, decode
+from jaxweights.techniques.quantization.blocks import Parts, decode, in_dtype
 from jaxweights.techniques.quantization.formats import Format
 from jaxweights.techniques.quantization.packing import unpack, unpack_rows
 from jaxweights.techniques.quantization.products.product import times
@@ -91,7 +91,9 @@ class QuantizedArray:
         def over_rows(values: jax.Array) -> jax.Array:
             if values.shape[-2] == 1:
                 return values
-            return jnp.repeat(values, block, -2, total_repeat_length=n_blocks * block)[..., :rows, :]
+            *lead, columns = values.shape
+            spread = jnp.broadcast_to(values[..., None, :], (*lead, block, columns))
+            return spread.reshape(*lead[:-1], n_blocks * block, columns)[..., :rows, :]
 
         zero = None if self.zero is None else over_rows(self.zero)
         w = decode(self.codes, Parts(over_rows(self.scale.values()), zero), self.format)
@@ -103,7 +105,7 @@ class QuantizedArray:
 
     def todense(self) -> jax.Array:
         """The dequantized weight."""
-        return self.axes.weight(self.matrix().astype(self.dtype), self.shape)
+        return self.axes.weight(in_dtype(self.matrix(), self.dtype), self.shape)
 
     def transpose(self, permutation: Sequence[int]) -> QuantizedArray | None:
         """The weight with its axes in this order. None where its rows would change places."""
@@ -147,7 +149,7 @@ class QuantizedArray:
             w = w - of_rows(self.minimum.values())
         if self.input_scale is not None:
             w = w * self.input_scale[i][:, None].astype(w.dtype)
-        return axes.weight(w.astype(self.dtype), shape).reshape(*index.shape, *rest)
+        return axes.weight(in_dtype(w, self.dtype), shape).reshape(*index.shape, *rest)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """Returns x @ w, computed from the codes."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxweights.core.axes import Axes, Reading
 from jaxweights.core.layer import Layer, stored_matrix
 from jaxweights.numerics.dtypes import accumulation_dtype
-from jaxweights.techniques.quantization.blocks import Parts, decode, encode, stored_scale
+from jaxweights.techniques.quantization.blocks import Parts, decode, encode, in_dtype, stored_scale
 from jaxweights.techniques.quantization.formats import Format
 from jaxweights.techniques.quantization.ranges import Range
 from jaxweights.techniques.quantization.scales import Scales
@@ -120,7 +120,7 @@ class Blocking:
         """The weight, stored with these scales and zero points and read back, in its dtype."""
         parts = self.stored(parts)
         codes = encode(self.split(w), parts, self.format)
-        return self.join(decode(codes, parts, self.format)).astype(w.dtype)
+        return in_dtype(self.join(decode(codes, parts, self.format)), w.dtype)
 
     @property
     def _in_place(self) -> bool:

@@ -84,3 +84,11 @@ def decode(codes: jax.Array, parts: Parts, format: Format) -> jax.Array:
     if parts.zero is not None:
         value = value - parts.zero.astype(jnp.float32)
     return value * parts.scale
+
+
+def in_dtype(w: jax.Array, dtype) -> jax.Array:
+    """Decoded weights in the dtype that they are for. A value beyond the range of float16 becomes the largest in it."""
+    if dtype == jnp.float16:
+        largest = float(jnp.finfo(dtype).max)
+        w = jnp.clip(w, -largest, largest)
+    return w.astype(dtype)
