@@ -23,7 +23,7 @@ MARKERS = {"jaxweights": "o", "Qwix": "s", "torchao": "^"}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draws what is there: one panel each for MiniLM, its time, MobileNetV2 and the layers of the packages."""
+    """Draws a panel for each part that was run: MiniLM, its times, MobileNetV2, and layers by package."""
     panels = [
         (report["minilm"], draw_minilm),
         (report["layers"], draw_layers),

@@ -22,15 +22,12 @@ from jaxweights.formats import (
     NF4_DOUBLE,
     NVFP4,
     TERNARY,
-    Floats,
     Format,
     Integers,
-    Levels,
     ScaleFormat,
     integers,
 )
 from jaxweights.techniques.quantization.formats import format_of
-from jaxweights.techniques.quantization.packing import unpack_rows
 
 E4M3, E5M2, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float4_e2m1fn
 NF4_VALUES = np.float32(
@@ -45,100 +42,6 @@ NF4_VALUES = np.float32(
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-# Grids
-
-
-@pytest.mark.parametrize(
-    ("grid", "dtype", "peak"), [(Floats(2, 1), E2M1, 6), (Floats(4, 3, 1), E4M3, 448), (Floats(5, 2, 4), E5M2, 57344)]
-)
-def test_small_floats_are_those_of_ml_dtypes(grid, dtype, peak):
-    """All codes; the values, halfway between them, and just beside that; beyond the largest."""
-    codes = np.arange(2**grid.bits)
-    values = codes.astype(np.uint8).view(dtype).astype(np.float64)
-    found = np.asarray(grid.decode(jnp.asarray(codes)), np.float64)
-    finite = np.abs(values) <= peak
-    assert finite.sum() == 2**grid.bits - 2 * grid.n_special and grid.peak == peak
-    np.testing.assert_array_equal(found[finite], values[finite])
-    assert np.isnan(found[~finite]).all() and (np.signbit(found) == np.signbit(values))[finite].all()
-    ascending = np.unique(values[finite]).astype(np.float32)
-    middle = (ascending[1:] + ascending[:-1]) / 2
-    inf = np.float32(np.inf)
-    x = np.concatenate([ascending, middle, np.nextafter(middle, inf), np.nextafter(middle, -inf), [1e30, -inf, -0.0]])
-    expected = np.clip(x, -peak, peak).astype(dtype).view(np.uint8)
-    np.testing.assert_array_equal(grid.encode(jnp.asarray(x)), expected)
-
-
-def test_integers_round_halves_to_even_and_stay_within_their_ends():
-    x = np.concatenate([np.arange(-20, 20) / 2, [1e30, -1e30]])
-    for grid, low, high in ((Integers(4), -7, 7), (Integers(4, -8), -8, 7), (Integers(3, 0, 6), 0, 6)):
-        codes = grid.encode(jnp.asarray(x, jnp.float32))
-        np.testing.assert_array_equal(grid.decode(codes), np.clip(np.round(x), low, high))
-        assert codes.min() >= 0 and codes.max() < 2**grid.bits
-        assert grid.decode(jnp.asarray(grid.offset)) == 0
-
-
-def test_tables_take_the_nearest_value():
-    """NF4 has the thresholds of bitsandbytes (csrc/kernels.cu), the midpoints. Any order and equal values do."""
-    thresholds = [0.03979014977812767, 0.1202552504837513, 0.2035212516784668, 0.2920137718319893, 0.3893125355243683]
-    thresholds += [0.5016634166240692, 0.6427869200706482, 0.8614784181118011]
-    below = [-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544]
-    below += [-0.23460740596055984, -0.13791173323988914, -0.045525018125772476]
-    x = np.float32(below + thresholds)
-    middle = np.float64(NF4_VALUES[1:]) / 2 + np.float64(NF4_VALUES[:-1]) / 2
-    np.testing.assert_allclose(x, middle, rtol=3e-7)
-    for beside, codes in ((np.inf, np.arange(1, 16)), (-np.inf, np.arange(15))):
-        moved = x + np.copysign(1e-6, beside).astype(np.float32)
-        np.testing.assert_array_equal(NF4.grid.encode(jnp.asarray(moved)), codes)
-    np.testing.assert_array_equal(NF4.grid.decode(jnp.arange(16)), NF4_VALUES)
-    values = (0.0, 3.0, -1.0, -0.0, 5.0, 3.0)
-    x = normal(200) * 4
-    found = np.asarray(Levels(values).decode(Levels(values).encode(jnp.asarray(x))))
-    best = np.abs(np.float64(x)[:, None] - values).min(1)
-    np.testing.assert_allclose(np.abs(found - np.float64(x)), best, rtol=1e-6)
-
-
-# Packing
-
-
-def words_of(codes, bits):
-    """By the description of `pack`, bit by bit in Python."""
-    rows, columns = codes.shape
-    period = 32 // bits if 32 % bits == 0 else 32
-    planes = [p for p in (8, 4, 2, 1) if bits & p]
-    words = []
-    for start in range(0, rows, period):
-        low = 0
-        for p in planes:
-            for word in range(period * p // 32):
-                value = np.zeros(columns, np.uint64)
-                for j in range(32 // p):
-                    row = start + (32 // p) * word + j
-                    code = codes[row].astype(np.uint64) if row < rows else np.zeros(columns, np.uint64)
-                    value |= ((code >> np.uint64(low)) & np.uint64(2**p - 1)) << np.uint64(p * j)
-                words.append(value.astype(np.uint32).view(np.int32))
-            low += p
-    return np.stack(words)
-
-
-def test_codes_are_packed_as_described():
-    rng = np.random.default_rng(0)
-    codes = {(bits, rows): rng.integers(0, 2**bits, (rows, 3)) for bits in range(1, 9) for rows in (70, 32, 1)}
-    some = rng.integers(0, 1000, 4)
-
-    @jax.jit
-    def run(codes):
-        words = {key: jw.formats.pack(c, key[0]) for key, c in codes.items()}
-        again = {key: jw.formats.unpack(w, *key) for key, w in words.items()}
-        return words, again, {key: unpack_rows(w, key[0], jnp.asarray(some % key[1])) for key, w in words.items()}
-
-    words, again, rows = run(codes)
-    for key, c in codes.items():
-        np.testing.assert_array_equal(words[key], words_of(c, key[0]), err_msg=str(key))
-        np.testing.assert_array_equal(again[key], c, err_msg=str(key))
-        np.testing.assert_array_equal(rows[key], c[some % key[1]], err_msg=str(key))
-    np.testing.assert_array_equal(jw.formats.pack(jnp.stack([codes[3, 70]] * 2), 3)[1], words[3, 70])
 
 
 # Formats
@@ -358,83 +261,6 @@ def test_stochastic_rounding_takes_a_neighbour_and_has_the_mean_of_the_weight():
     np.testing.assert_array_equal(first, again)
 
 
-# Ranges
-
-
-def errors(found, w, block):
-    """The squared error of each block."""
-    square = (np.float64(found) - np.float64(w)) ** 2
-    return np.add.reduceat(square, np.arange(0, len(w), block), 0)
-
-
-def brute_force(w, low, high, zero, steps=80, least=0.2):
-    """The least squared error of a block over all ranges, in float64."""
-    best = np.inf
-    for i in range(steps + 1):
-        fraction = 1 - (1 - least) * i / steps
-        if zero:
-            bottom, top = min(w.min(), 0) * fraction, max(w.max(), 0) * fraction
-            s = (top - bottom) / (high - low)
-            z = np.clip(np.round(low - bottom / s), low, high)
-        else:
-            s, z = np.abs(w).max() * fraction / high, 0
-        best = min(best, (((np.clip(np.round(w / s + z), low, high) - z) * s - w) ** 2).sum())
-    return best
-
-
-def half_quadratic(w, low, high, steps=20, p=0.7, beta=10.0, kappa=1.01):
-    """The zero point of a block, as the article of Badri and Shaji has it, in float64."""
-    s = (w.max() - w.min()) / (high - low)
-    z = low - w.min() / s
-    decoded = lambda z: (np.clip(np.round(w / s + z), low, high) - z) * s
-    distance = lambda z: (np.abs(decoded(z) - w) ** p).sum()
-    best = z
-    for _ in range(steps):
-        error = w - decoded(z)
-        shrunk = np.sign(error) * np.maximum(np.abs(error) - np.maximum(np.abs(error), 1e-30) ** (p - 1) / beta, 0)
-        z = np.mean(np.clip(np.round(w / s + z), low, high) - (w - shrunk) / s)
-        best = z if distance(z) < distance(best) else best
-        beta *= kappa
-    return best, s
-
-
-def test_ranges():
-    """Blocks of 32 of 70 rows: the last is short."""
-    w, block = np.random.default_rng(0).standard_t(3, (70, 4)).astype(np.float32), 32
-    forms = {"symmetric": integers(4, block=block), "zero": integers(4, block=block, symmetric=False)}
-
-    @jax.jit
-    def run(w):
-        ranges = (jw.ranges.AbsMax(), jw.ranges.MSE(), jw.ranges.Percentile(90.0), jw.ranges.AbsMean())
-        found = {f"{r} {name}": jw.quantize(w, f, range=r) for r in ranges for name, f in forms.items()}
-        found["hqq"] = jw.quantize(w, forms["zero"], range=jw.ranges.HQQ())
-        found["nf4"] = jw.quantize(w, "nf4", range=jw.ranges.MSE())
-        return {key: (q.todense(), q.scale.values(), q.zero) for key, q in found.items()}
-
-    found = run(w)
-    pieces = [np.float64(w[i : i + block]) for i in range(0, 70, block)]
-    for name, low in (("symmetric", -7), ("zero", -8)):
-        widest, best = (errors(found[f"{r} {name}"][0], w, block) for r in (jw.ranges.AbsMax(), jw.ranges.MSE()))
-        expected = [[brute_force(p[:, c], low, 7, name == "zero") for c in range(4)] for p in pieces]
-        np.testing.assert_allclose(best, expected, rtol=1e-4)
-        assert (best <= widest).all() and best.sum() < widest.sum()
-    assert errors(found["nf4"][0], w, 64).sum() < errors(jw.quantize(w, "nf4").todense(), w, 64).sum()
-    reach = np.stack([np.percentile(np.abs(p), 90, axis=0) for p in pieces])
-    np.testing.assert_allclose(found[f"{jw.ranges.Percentile(90.0)} symmetric"][1], reach / 7, rtol=1e-5)
-    ends = [np.stack([np.percentile(p, q, axis=0) for p in pieces]) for q in (5, 95)]
-    span = np.maximum(ends[1], 0) - np.minimum(ends[0], 0)
-    np.testing.assert_allclose(found[f"{jw.ranges.Percentile(90.0)} zero"][1], span / 15, rtol=1e-5)
-    mean = np.stack([np.abs(p).mean(0) for p in pieces])
-    np.testing.assert_allclose(found[f"{jw.ranges.AbsMean()} symmetric"][1], mean, rtol=1e-5)
-    dense, scale, zero = map(np.float64, found["hqq"])
-    for i, p in enumerate(pieces):
-        for c in range(4):
-            z, s = half_quadratic(p[:, c], -8, 7)
-            assert scale[i, c] == pytest.approx(s, rel=1e-5) and zero[i, c] == pytest.approx(z, abs=1e-3)
-    p_norm = lambda found: (np.abs(found - np.float64(w)) ** 0.7).sum()
-    assert p_norm(dense) < p_norm(found[f"{jw.ranges.AbsMax()} zero"][0])
-
-
 # Any weights
 
 
@@ -524,21 +350,3 @@ def test_other_dtypes():
             np.testing.assert_array_equal(found[name][0], codes)
             assert found[name][1].dtype == np.float64
             np.testing.assert_allclose(found[name][1], dense, rtol=1e-6)
-
-
-def test_of_powers_of_two_the_squared_error_may_choose_one_that_clips_nothing():
-    """Against all powers of two, each weight the nearest value of E2M1, in float64."""
-    w = np.random.default_rng(5).standard_t(3, (64, 24)).astype(np.float32)
-    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    blocks = np.abs(w.astype(np.float64)).reshape(2, 32, 24)
-    least = np.full((2, 24), np.inf)
-    for scale in 2.0 ** np.arange(-8, 8):
-        distance = np.abs(blocks[..., None] - scale * values).min(-1)
-        least = np.minimum(least, np.square(distance).sum(1))
-    w = jnp.asarray(w)
-    widest, best = (
-        np.square(np.asarray(jw.quantize(w, "mxfp4", range=r).todense(), np.float64) - w).reshape(2, 32, 24).sum(1)
-        for r in (jw.ranges.AbsMax(), jw.ranges.MSE())
-    )
-    np.testing.assert_allclose(best, least, rtol=1e-5)
-    assert (widest > 1.1 * least).any()
