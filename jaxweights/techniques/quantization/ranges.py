@@ -154,7 +154,7 @@ class MSE(Range):
             return parts, jnp.sum(jnp.square(safe_divide(error, unit)), over, keepdims=True)
 
         def step(i, best):
-            parts, error = attempt(1 - (1 - self.least) / self.steps * i.astype(x.dtype))
+            parts, error = attempt(1 - (1 - self.least) / self.steps * jnp.asarray(i, x.dtype))
             of_best, least = best
             better = error < least
             return jax.tree.map(lambda new, old: jnp.where(better, new, old), parts, of_best), jnp.minimum(error, least)
