@@ -72,7 +72,7 @@ TECHNIQUES = {  # with the goal for `apply`: 1.1 if it is element-wise, 1.6 if i
     "WeightNorm": (jw.WeightNorm(), 1.6),
     "SpectralNorm": (jw.SpectralNorm(), None),
     "FakeQuantize": (jw.FakeQuantize(8), None),
-    "ShareWeights": (jw.ShareWeights(16, seed=0), None),
+    "ShareWeights": (jw.ShareWeights(jw.sharing.Hashed(16)), None),
 }
 LINEN = {
     "SpectralNorm": (

@@ -1,8 +1,9 @@
 """Products with low-bit weights against the float32 product: python benchmarks/low_bit.py [--quick].
 
-Times x @ q for every format and several numbers of rows of x, interleaved with x @ w in float32. Memory larger than the
-caches is overwritten before every run, so that weights are read from memory. A ratio below 1 means that the product
-with the stored weight is faster.
+Times x @ q for every format and several numbers of rows of x, interleaved with x @ w in float32, and for clustered
+weights also with a product after the whole weight was looked up. Memory larger than the caches is overwritten before
+every run, so that weights are read from memory. A ratio below 1 means that the product with the stored weight is
+faster.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ FORMATS = {
     "nvfp4": formats.NVFP4,
     "binary": formats.BINARY,
 }
+CLUSTERS = {"16 clusters": 16, "64 clusters": 64, "256 clusters": 256}
 DYNAMIC = ("int8", "int4, blocks of 128")
 GOALS = {
     ("int8", 1): 0.48,
@@ -62,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     report: dict[str, Any] = {"environment": environment(), "quick": options.quick, "side": side, "results": []}
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.standard_normal((side, side)), jnp.float32)
-    stored = {name: jw.quantize(w, form) for name, form in FORMATS.items()}
+    stored: dict[str, Any] = {name: jw.quantize(w, form) for name, form in FORMATS.items()}
+    stored |= {name: jw.store_clusters(*jw.cluster(w, n), has_zeros=False) for name, n in CLUSTERS.items()}
     flush = np.ones(2**18 if options.quick else 10**8, np.float32)
     for n in rows:
         x = jnp.asarray(rng.standard_normal((n, side)), jnp.float32)
@@ -76,6 +79,7 @@ def measure(w: jax.Array, x: jax.Array, stored: dict[str, Any], rounds: int, flu
     """Rounds of one product each, of the float32 product and of every format, in alternating order."""
     functions = {"float32": (jnp.matmul, w), **{name: (jw.matmul, q) for name, q in stored.items()}}
     functions |= {f"{name}, int8 x": (jw.int8_matmul, stored[name]) for name in DYNAMIC}
+    functions |= {f"{name}, looked up ahead": (look_up_ahead, stored[name]) for name in CLUSTERS}
     programs = {name: jax.jit(f).lower(x, weight).compile() for name, (f, weight) in functions.items()}
     exact = np.asarray(x, np.float64)
     errors = {
@@ -111,8 +115,12 @@ def measure(w: jax.Array, x: jax.Array, stored: dict[str, Any], rounds: int, flu
     return results
 
 
+def look_up_ahead(x: jax.Array, q: Any) -> jax.Array:
+    return jnp.matmul(x, jax.lax.optimization_barrier(q.todense()), precision="highest")
+
+
 def dense(q: Any) -> jax.Array:
-    return q.todense() if isinstance(q, jw.QuantizedArray) else q
+    return q if isinstance(q, jax.Array) else q.todense()
 
 
 def relative_error(y: jax.Array, exact: np.ndarray) -> float:

@@ -37,6 +37,7 @@ FORMATS: dict[str, Any] = {
     "int2, g64": integers(2, block=64),
     "int3, g128": integers(3, block=128),
 }
+CLUSTERS = {"16 clusters": 16, "64 clusters": 64, "256 clusters": 256}
 SHAPES = ((8192, 28672), (28672, 8192))
 BITS = {"pred": 8, "s32": 32, "u32": 32, "f32": 32, "bf16": 16, "f16": 16, "s16": 16, "u16": 16}
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
@@ -47,10 +48,13 @@ def main() -> None:
     device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
     console, results = terminal(), []
     for shape in ((1024, 2048),) if options.quick else SHAPES:
-        for name, format in FORMATS.items():
+        for name, format in (FORMATS | CLUSTERS).items():
             for n in (1, 16):
                 with console.status(f"{name}, {shape}, batch {n}"):
-                    results.append({"format": name, "shape": shape, "batch": n} | measure(format, shape, n, device))
+                    store = clusters if name in CLUSTERS else jw.quantize
+                    results.append(
+                        {"format": name, "shape": shape, "batch": n} | measure(store, format, shape, n, device)
+                    )
     table = Table(title="x @ w compiled for a TPU v5e")
     for heading in (
         "format",
@@ -76,13 +80,17 @@ def main() -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def measure(format: Any, shape: tuple[int, int], n: int, device: Any) -> dict[str, Any]:
+def clusters(w: jax.Array, n: int) -> Any:
+    return jw.store_clusters(w[0, :n], jnp.zeros(w.shape, jnp.int8), has_zeros=False)
+
+
+def measure(store: Any, format: Any, shape: tuple[int, int], n: int, device: Any) -> dict[str, Any]:
     """Returns bytes: of the weight, the arguments, the temporaries, and what is read and written."""
 
     def place(a: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(device))
 
-    q = jax.eval_shape(lambda w: jw.quantize(w, format), jax.ShapeDtypeStruct(shape, jnp.float32))
+    q = jax.eval_shape(lambda w: store(w, format), jax.ShapeDtypeStruct(shape, jnp.float32))
     x = jax.ShapeDtypeStruct((n, shape[0]), jnp.float32)
     start = time.perf_counter()
     compiled = jax.jit(jw.matmul).lower(place(x), jax.tree.map(place, q)).compile()

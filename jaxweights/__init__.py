@@ -17,7 +17,9 @@ from jaxweights import (
     projections,
     pruning,
     ranges,
+    recipes,
     scores,
+    sharing,
     sparse,
     typing,
     units,
@@ -94,7 +96,15 @@ from jaxweights.techniques.spectral import (
 from jaxweights.techniques.weight_clipping import ClipNorm, ClipWeights, clip_norm, clip_weights
 from jaxweights.techniques.weight_decay import weight_decay
 from jaxweights.techniques.weight_norm import WeightNorm, WeightStandardization, weight_normalize, weight_standardize
-from jaxweights.techniques.weight_sharing import ShareWeights, cluster, conv_index, hash_index, share
+from jaxweights.techniques.weight_sharing import (
+    ClusteredArray,
+    ShareWeights,
+    cluster,
+    conv_index,
+    hash_index,
+    share,
+    store_clusters,
+)
 
 if TYPE_CHECKING:
     from jaxweights import files, linen, nnx
@@ -109,6 +119,7 @@ __all__ = [
     "Chain",
     "ClipNorm",
     "ClipWeights",
+    "ClusteredArray",
     "ConvSpectralNorm",
     "FakeQuantize",
     "Fold",
@@ -178,6 +189,7 @@ __all__ = [
     "pruning",
     "quantize",
     "ranges",
+    "recipes",
     "reconstruct",
     "reinitialize",
     "rms_norm",
@@ -186,6 +198,7 @@ __all__ = [
     "scale_by_mup",
     "scores",
     "share",
+    "sharing",
     "smooth",
     "sparse",
     "sparsegpt",
@@ -193,6 +206,7 @@ __all__ = [
     "spectral_estimate",
     "spectral_norm",
     "spectral_normalize",
+    "store_clusters",
     "summarize",
     "tie",
     "typing",

@@ -17,6 +17,7 @@ an output unit. K is the number of inputs.
 `integers` makes those of other blocks, scales and zero points, and `Format` any other combination.
 """
 
+from jaxweights.core.packing import pack, unpack
 from jaxweights.techniques.quantization.formats import (
     BINARY,
     FP4,
@@ -32,7 +33,6 @@ from jaxweights.techniques.quantization.formats import (
     integers,
 )
 from jaxweights.techniques.quantization.grids import Floats, Integers, Levels
-from jaxweights.techniques.quantization.packing import pack, unpack
 from jaxweights.techniques.quantization.scales import ScaleFormat, Scales
 
 __all__ = [

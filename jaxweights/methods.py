@@ -9,11 +9,13 @@ from jaxweights.techniques.sparsification.one_shot.magnitude import Magnitude
 from jaxweights.techniques.sparsification.one_shot.packing import Pack
 from jaxweights.techniques.sparsification.one_shot.sparsegpt import SparseGPT
 from jaxweights.techniques.sparsification.one_shot.wanda import Wanda
+from jaxweights.techniques.weight_sharing.one_shot import Cluster
 
 __all__ = [
     "AWQ",
     "GPTQ",
     "HQQ",
+    "Cluster",
     "Magnitude",
     "Method",
     "Pack",

@@ -152,7 +152,28 @@ TRANSFORMS = [
     Case("around clip_weights", lambda: jw.Around(jw.ClipWeights(0.05))),
     Case("around clip_norm", lambda: jw.Around(jw.ClipNorm(halving)), shape=CONV, kind="Around"),
     Case("share_weights", lambda: jw.ShareWeights(8)),
-    Case("share_weights hash", lambda: jw.ShareWeights(8, seed=0)),
+    Case("share_weights sum", lambda: jw.ShareWeights(8, codebook_gradient="sum")),
+    Case("share_weights mean zeros", lambda: jw.ShareWeights(8, keep_zeros=True, codebook_gradient="mean")),
+    Case("share_weights hashed", lambda: jw.ShareWeights(jw.sharing.Hashed(8))),
+    Case("share_weights symmetric", lambda: jw.ShareWeights(jw.sharing.Symmetric()), shape=(32, 32)),
+    Case(
+        "share_weights circulant stack", lambda: jw.ShareWeights(jw.sharing.Circulant(), axes=stack_axes), shape=STACK
+    ),
+    Case(
+        "share_weights toeplitz attention",
+        lambda: jw.ShareWeights(jw.sharing.Toeplitz(), codebook_gradient="sum", axes=jw.axes.ATTENTION_IN),
+        shape=ATTENTION,
+    ),
+    Case(
+        "share_weights convolution",
+        lambda: jw.ShareWeights(jw.sharing.Convolution((3, 3, 2, 4), (4, 8, 2), strides=2)),
+    ),
+    Case("share_weights p4m", lambda: jw.ShareWeights(jw.sharing.GroupConvolution("p4m")), shape=CONV),
+    Case(
+        "share_weights sub-vectors",
+        lambda: jw.ShareWeights(jw.sharing.ProductQuantized(8, length=4), codebook_gradient="mean"),
+        idempotent=False,
+    ),
     Case("share_weights density", lambda: jw.ShareWeights(8, start="density", keep_zeros=True)),
     Case("fake_quantize", lambda: jw.FakeQuantize(4), kind="straight-through"),
     Case("fake_quantize per unit", lambda: jw.FakeQuantize(4, per_unit=True), shape=CONV),
@@ -248,6 +269,8 @@ FUNCTIONS = [
     ),
     Case("awq", function=lambda w: fitted(jw.methods.AWQ(4, block=16), w)),
     Case("hqq", function=lambda w: fitted(jw.methods.HQQ(4), w)),
+    Case("cluster", function=lambda w: fitted(jw.methods.Cluster(16, keep_zeros=True), w)),
+    Case("cluster per unit", function=lambda w: fitted(jw.methods.Cluster(4, per_unit=True, weighted=True), w)),
     Case("densify", function=lambda w: jw.densify({"w": jw.quantize(w, 8)})["w"]),
     *(
         Case(f"quantize {name}", function=lambda w, format=format: jw.dequantize(jw.quantize(w, format, key=KEY)))

@@ -29,10 +29,11 @@ STORES = {
     "quantized": lambda w, axes=None: jw.quantize(w, 8, axes=axes),
     "packed": lambda w, axes=None: jw.sparse.pack(thin(w, axes), axes=axes),
     "blocks": lambda w, axes=None: jw.sparse.pack_blocks(thin(w, axes), block=(4, 4), axes=axes),
+    "clustered": lambda w, axes=None: jw.store_clusters(*jw.cluster(w, 16), axes=axes, has_zeros=False),
     "bcoo": lambda w, axes=None: jw.sparse.to_bcoo(thin(w, axes), axes=axes),
     "csr": lambda w, axes=None: jw.sparse.to_csr(thin(w, axes), axes=axes),
 }
-OURS = ["quantized", "packed", "blocks"]
+OURS = ["quantized", "packed", "blocks", "clustered"]
 
 
 def same(found, expected, tolerance=2e-5):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from bad_input import compression, files, formats, modules, shapes, sparsity, specs, trees, weights
+from bad_input import compression, files, formats, modules, recipes, shapes, sparsity, specs, trees, weights
 from bad_input.vocabulary import W
 
 import jaxweights as jw
 
-TABLES = (weights, sparsity, shapes, specs, trees, modules, formats, files, compression)
+TABLES = (weights, sparsity, shapes, specs, trees, modules, formats, files, compression, recipes)
 CASES = [case for table in TABLES for case in table.CASES]
 TRACED = [case for case in CASES if inspect.signature(case[1]).parameters.get("w")]
 OTHERS = [case for case in CASES if case not in TRACED]

@@ -49,6 +49,15 @@ def test_tied_embedding(capsys):
     assert max(losses) < 3
 
 
+def test_equivariant_digits(capsys):
+    variables, _ = run("equivariant_digits.py", capsys)
+    labels, accuracy = variables["test_y"], {}
+    for name, (upright, *turned) in variables["logits"].items():
+        accuracy[name] = [np.mean(np.argmax(y, -1) == labels) for y in (upright, *turned)]
+        assert all(np.allclose(y, upright, atol=1e-3) for y in turned) == (name == "equivariant")
+    assert min(accuracy["equivariant"]) > 0.7 > 0.5 > max(accuracy["plain"][1:])
+
+
 def test_optax_level(capsys):
     variables, _ = run("optax_level.py", capsys)
     kernel = variables["params"]["kernel"]

@@ -18,8 +18,8 @@ from jaxweights.numerics.dtypes import accumulation_dtype
 class Stored(Protocol):
     """A weight that is stored as other arrays, as a pytree node of them. Every level takes it for one leaf.
 
-    `QuantizedArray`, `PackedArray`, `BlockSparseArray` and the sparse arrays of JAX are such. So is any class with
-    these four members. `with_stored` uses those of `FollowedStored` too, where a class has them.
+    `QuantizedArray`, `ClusteredArray`, `PackedArray`, `BlockSparseArray` and the sparse arrays of JAX are such. So is
+    any class with these four members. `with_stored` uses those of `FollowedStored` too, where a class has them.
     """
 
     @property
@@ -79,8 +79,8 @@ def matmul(x: jax.Array, w: Stored) -> jax.Array:
 
     Args:
       x: float array, shape (..., *input) with the input axes of `w` last.
-      w: a `QuantizedArray`, `PackedArray` or `BlockSparseArray` without batch axes, a sparse matrix of JAX, or
-        anything that has `shape`, `dtype`, `todense()` and `__rmatmul__`.
+      w: a `QuantizedArray`, `ClusteredArray`, `PackedArray` or `BlockSparseArray` without batch axes, a sparse matrix
+        of JAX, or anything that has `shape`, `dtype`, `todense()` and `__rmatmul__`.
 
     Returns:
       Array of shape (..., *output) and the dtype of `x`.

@@ -35,7 +35,7 @@ class Transform:
     - `apply(w, state)` is the transformed weight. It has the shape and dtype of `w`, and is differentiable in `w` and
       in the learned entries of the state.
     - `store(w, state)` is the same weight as it is kept after training: by default an array, under `FakeQuantize` and
-      `LSQ` a `QuantizedArray`.
+      `LSQ` a `QuantizedArray`, under `ShareWeights` a `ClusteredArray`.
 
     Training is `update`, then `apply`; evaluation is `apply` alone. A mean of the states of several steps is a state if
     all entries are floating-point; `update` it on the mean of the weights before evaluation. Masks, indices, seeds and

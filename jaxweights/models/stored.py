@@ -14,17 +14,17 @@ from jaxweights.programs.stored.walk import dense, run_stored
 
 
 def with_stored(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a function of arrays take trees in which some weights are stored: quantized, packed or sparse.
+    """Lets a function of arrays take trees in which some weights are stored: quantized, clustered, packed or sparse.
 
     with_stored(f)(params, *args) = f(densify(params), *args), up to rounding, in less memory. The function is traced on
-    arrays of the shapes and dtypes of the weights. Then its products run as `matmul(x, w)` on what is stored and its
-    convolutions on the codes of a `QuantizedArray`. A weight that is cast, transposed, sliced from a stack (`scan`,
+    arrays of the shapes and dtypes of the weights. Then its products, and its convolutions with a window of one
+    position, run as `matmul(x, w)` on what is stored. A weight that is cast, transposed, sliced from a stack (`scan`,
     `vmap`, `experts[i]`) or passed on by a loop, a branch or `jax.checkpoint` stays stored on the way. Of a table that
     is looked up, only the rows in question become floats. Everything else gets `todense()` of that one weight, where
     it is used.
 
-    Works with any library, `jit`, `vmap` and `grad` (for the arguments and the weights that are arrays). Call it
-    under `jax.jit`: it traces `f` at every call.
+    Works with any library, `jit`, `vmap` and `grad`: for the arguments, the weights that are arrays, and the floats
+    that others are stored with, such as a codebook. Call it under `jax.jit`: it traces `f` at every call.
 
     A `PackedArray` and a `BlockSparseArray` are multiplied as the matrix that they are stored as, or as its transpose.
     So store them with the axes of the model. A stack of layers needs its batch axes: `Axes(batch=0)` for `nn.scan`. A

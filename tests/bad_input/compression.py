@@ -1,5 +1,7 @@
 """What is done to a whole model before and after it is quantized."""
 
+import functools
+
 import jax.numpy as jnp
 from bad_input.vocabulary import T, V, W
 
@@ -7,7 +9,11 @@ import jaxweights as jw
 
 PARAMS = {"encoder": {"kernel": W, "bias": W[0]}, "head": W.T}
 X = W.T
-STORED = {**PARAMS, "head": jw.quantize(W.T, 8)}
+
+
+@functools.cache
+def stored():
+    return {**PARAMS, "head": jw.quantize(W.T, 8)}
 
 
 def linear(params, x):
@@ -40,12 +46,12 @@ CASES = [
     ("biases, none", lambda: correct(lambda p, x: x @ p["encoder"]["kernel"]), V, "there is no bias to correct"),
     ("biases, another use", lambda: correct(lambda p, x: linear(p, x) * p["encoder"]["bias"]), V, "no bias to correct"),
     ("equalize no function", lambda: jw.equalize(PARAMS, PARAMS, X), T, "wrap the model in one"),
-    ("equalize stored", lambda: jw.equalize(mlp, STORED, X), T, "scale arrays, and store them afterwards"),
+    ("equalize stored", lambda: jw.equalize(mlp, stored(), X), T, "scale arrays, and store them afterwards"),
     ("equalize one layer", lambda: jw.equalize(linear, PARAMS, X), V, "no units that can be scaled: it is returned"),
     ("equalize exp", lambda: jw.equalize(bent, PARAMS, X), V, "exp lies on the way"),
     ("equalize no layer", lambda: jw.equalize(lambda p, x: x, PARAMS, X), V, "no weight reads what another one makes"),
     ("smooth no function", lambda: jw.smooth("model", PARAMS, [X]), T, "wrap the model in one"),
-    ("smooth stored", lambda: jw.smooth(mlp, STORED, [X]), T, "scale arrays, and store them afterwards"),
+    ("smooth stored", lambda: jw.smooth(mlp, stored(), [X]), T, "scale arrays, and store them afterwards"),
     ("smooth alpha > 1", lambda: jw.smooth(mlp, PARAMS, [X], 1.5), V, "alpha must be in [0, 1]"),
     ("smooth alpha as text", lambda: jw.smooth(mlp, PARAMS, [X], "0.5"), T, "alpha must be"),
     ("smooth one batch", lambda: jw.smooth(mlp, PARAMS, X), T, "write [batch]"),

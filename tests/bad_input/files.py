@@ -62,6 +62,9 @@ CASES = [
     # Options.
     ("save in an unknown format", lambda: save(TREE, format="q4"), V, "format must be None or one of 'gptq'"),
     ("save GGUF in a format", lambda: save(TREE, GGUF, format="gptq"), V, "format must be None for GGUF"),
+    ("save GGUF entropy-coded", lambda: save(TREE, GGUF, entropy_coding=True), V, "entropy_coding is for safetensors"),
+    ("save GPTQ entropy-coded", lambda: save(TREE, format="gptq", entropy_coding=True), V, "leave one out"),
+    ("save with a number as entropy_coding", lambda: save(TREE, entropy_coding=1), T, "entropy_coding must be True"),
     ("save metadata of numbers", lambda: save(TREE, metadata={"a": 1}), T, "write str(it)"),
     ("save a list as metadata", lambda: save(TREE, metadata=["a"]), T, "metadata must be a dict with strings as keys"),
     ("save our own metadata", lambda: save(TREE, metadata={"jaxweights": "x"}), V, "which save writes itself"),
@@ -84,6 +87,12 @@ CASES = [
     ),
     ("save f32 scales as GPTQ", lambda: save({"kernel": jw.quantize(WIDE, 4)}, format="gptq"), V, "scale='float16'"),
     ("save a packed weight in GGUF", lambda: save({"a": PACKED}, GGUF), T, "GGUF has none: save it as safetensors"),
+    (
+        "save clusters in GGUF",
+        lambda: save({"a": jw.store_clusters(jnp.ones(2), jnp.zeros((4, 2), int))}, GGUF),
+        T,
+        "is a ClusteredArray, GGUF has none",
+    ),
     ("save NF4 in GGUF", lambda: save({"a": jw.quantize(WIDE, "nf4")}, GGUF), V, "'mxfp4' for MXFP4"),
     ("save booleans in GGUF", lambda: save({"a": W > 0}, GGUF), V, "'a' is of dtype bool, which GGUF has not"),
     ("save five axes in GGUF", lambda: save({"a": jnp.ones((1,) * 5)}, GGUF), V, "at most 4 axes: reshape it"),

@@ -1,6 +1,7 @@
 """Mismatched axes, shapes and states."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from bad_input.vocabulary import AROUND, FLOAT, INIT, INTEGER, KEY, ONE_ROLE, SCALAR, WRITE_AXES, T, V, integers
 
@@ -12,6 +13,8 @@ def mapped(f, w, groups):
     """f of each row of `w` on a device of its own."""
     return jax.vmap(lambda row: f(row[None], axis_name="d", axis_index_groups=groups), axis_name="d")(w)
 
+
+INDEX = np.zeros((2, 3), int)
 
 CASES = [
     # Mismatched axes.
@@ -59,6 +62,57 @@ CASES = [
     ("index float", lambda w: jw.share(w[0], w), T, "use cluster or conv_index"),
     ("index bool", lambda w: jw.share(w[0], w > 1), T, "use cluster or conv_index"),
     ("index list", lambda w: jw.share(w[0], [0, 1]), T, "use cluster or conv_index"),
+    ("codebook of units", lambda w: jw.share(w, integers(w), axes=jw.axes.DENSE), V, "must have shape (6, n)"),
+    ("codebook of a pattern", lambda w: jw.share(w, jw.sharing.Toeplitz(shape=(3, 3))), V, "make it of shape (5,)"),
+    ("store_clusters index float", lambda w: jw.store_clusters(w[0], w), T, "pass what cluster returned"),
+    ("store_clusters index list", lambda w: jw.store_clusters(w[0], [0, 1]), T, "must be an integer array, got list"),
+    ("store_clusters scalar", lambda w: jw.store_clusters(w[0, 0], INDEX), V, "give at least one value"),
+    ("store_clusters empty", lambda w: jw.store_clusters(w[:, :0], INDEX), V, "give at least one value"),
+    ("store_clusters books", lambda w: jw.store_clusters(w, INDEX), V, "or (units, k) for 3 output units, got"),
+    ("store_clusters range", lambda w: jw.store_clusters(w[0], INDEX + 6), V, "must be from -1 to 5 for 6 values"),
+    (
+        "store_clusters no zeros",
+        lambda w: jw.store_clusters(w[0], INDEX - 1, has_zeros=False),
+        V,
+        "from 0 to 5 for 6 values, got -1 to -1",
+    ),
+    (
+        "store_clusters 256 and 0",
+        lambda w: jw.store_clusters(jnp.tile(w[0], 43)[:256], INDEX - 1),
+        V,
+        "got 256 and 0: cluster it into fewer",
+    ),
+    ("store_clusters 258", lambda w: jw.store_clusters(jnp.tile(w[0], 43), INDEX), V, "got 258: cluster it into"),
+    ("store_clusters axes", lambda w: jw.store_clusters(w[0], INDEX, axes=jw.Axes(0, 2)), V, "use axes from -2 to 1"),
+    (
+        "store_clusters traced",
+        lambda: jax.jit(lambda i: jw.store_clusters(jnp.ones(3), i))(INDEX),
+        V,
+        "has_zeros must be given under jit",
+    ),
+    ("Circulant x", lambda w: jw.sharing.Circulant(shape=(3, 6)).matmul(w[:, :5], w[0]), V, "summed over"),
+    ("Toeplitz codebook", lambda w: jw.sharing.Toeplitz(shape=(6, 6)).matmul(w, w[0]), V, "make it of shape (11,)"),
+    ("Convolution x", lambda w: jw.sharing.Convolution((1, 1, 1), (5, 1)).matmul(w, w[0, :1]), V, "summed over"),
+    ("displacement rank", lambda w: jw.sharing.displacement(w, w[:2]), V, "give as many terms"),
+    ("displacement x", lambda w: jw.sharing.displacement_matmul(w.T, w, w), V, "x must have shape (..., 6)"),
+    ("product_quantize length", lambda w: jw.sharing.product_quantize(w, 2, 3, key=KEY), V, "take a divisor"),
+    ("product_quantize n", lambda w: jw.sharing.product_quantize(w, 7, 2, key=KEY), V, "take fewer"),
+    ("product_quantize key", lambda w: jw.sharing.product_quantize(w, 2, 2, key=0), T, "write jax.random.key(0)"),
+    ("share_vectors", lambda w: jw.sharing.share_vectors(w, integers(w)), V, "use product_quantize"),
+    ("share_vectors floats", lambda w: jw.sharing.share_vectors(w[None], w), T, "use product_quantize"),
+    (
+        "vectors_matmul",
+        lambda w: jw.sharing.vectors_matmul(w, w[:, :, None], integers(w)),
+        V,
+        "x must have shape (..., 4)",
+    ),
+    (
+        "pattern of another shape",
+        lambda w: jw.ShareWeights(jw.sharing.Hashed(2, shape=(3,))).init(w, KEY),
+        V,
+        "leave the",
+    ),
+    ("no codebook", lambda w: jw.ShareWeights(2, codebook_gradient="sum").apply(w, {"index": integers(w)}), V, INIT),
     ("conv norm of a matrix", lambda w: jw.conv_spectral_norm(w, (8, 8, 4)), V, "(*window, in, out) and (*space, in)"),
     ("conv norm groups", lambda w: jw.conv_spectral_norm(w[None], (8, 16), groups=4), V, "4 groups must divide out"),
     (

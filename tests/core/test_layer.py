@@ -69,10 +69,16 @@ def sparse_stack(shape, axes):
     return np.asarray(axes.weight(rows * (jnp.arange(rows.shape[-2]) % 4 < 2)[:, None], shape))
 
 
+def clustered(w, axes):
+    values, index = np.unique(w, return_inverse=True)
+    return jw.store_clusters(values, index.reshape(w.shape), axes=axes)
+
+
 STORES = {
     "quantize": lambda w, axes: jw.quantize(w, 8, axes=axes),
     "pack": lambda w, axes: jw.sparse.pack(w, axes=axes),
     "pack_blocks": lambda w, axes: jw.sparse.pack_blocks(w, block=(2, 2), axes=axes),
+    "store_clusters": lambda w, axes: clustered(w, axes),
 }
 
 

@@ -45,3 +45,17 @@ def test_data_helps_to_prune(minilm, tmp_path, capsys):
     assert at["magnitude"] < at["Wanda"] < at["SparseGPT"] < 1
     assert "Calibrated on" in capsys.readouterr().out
     assert (tmp_path / "minilm.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_recipe_gives_the_same_in_memory_and_by_the_command(minilm, tmp_path, capsys):
+    import compress_minilm
+
+    results = compress_minilm.main(["--quick", "--out", str(tmp_path / "picture.png")])
+    before, after = results["float32"]["bytes"], results["NF4"]["bytes"]
+    assert 6.9 < before / after < 32 / 4.5  # 4 bits and a scale of 32 for 64 weights; biases and norms stay
+    assert results["NF4"]["command_bytes"] == pytest.approx(after, rel=0.02)
+    assert 0.95 < results["NF4"]["cosine"] < 0.99
+    assert results["NF4"]["command_cosine"] == pytest.approx(results["NF4"]["cosine"], abs=0.01)
+    assert "NF4" in capsys.readouterr().out
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -54,7 +54,7 @@ def stored_tree(params, axes, first):
     )
 
 
-in_turn = pytest.mark.parametrize("first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
+in_turn = pytest.mark.parametrize("first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
 
 
 @in_turn

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
+from jaxweights.core.packing import unpack_rows
 from jaxweights.formats import (
     NF4,
     Floats,
     Integers,
     Levels,
 )
-from jaxweights.techniques.quantization.packing import unpack_rows
 
 E4M3, E5M2, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float4_e2m1fn
 NF4_VALUES = np.float32(

@@ -202,15 +202,15 @@ def test_an_index_is_as_small_as_it_can_be(n, kind):
         np.testing.assert_array_equal(jw.share(codebook, index), w)
     index = jw.hash_index((3 * n,), n)
     assert index.dtype == kind and index.min() >= 0 and n * 0.99 < index.max() < n
-    state = jw.ShareWeights(n, seed=0).init(jnp.zeros(3 * n), jax.random.key(0))
+    state = jw.ShareWeights(jw.sharing.Hashed(n)).init(jnp.zeros(3 * n), jax.random.key(0))
     assert state["index"].dtype == kind
     x = np.random.default_rng(0).normal(size=3 * n).astype(np.float32)
     members = np.bincount(index, minlength=n)
     means = np.bincount(index, x.astype(np.float64), n) / np.maximum(members, 1)
-    out = jax.jit(jw.ShareWeights(n, seed=0).apply)(x, state)
+    out = jax.jit(jw.ShareWeights(jw.sharing.Hashed(n)).apply)(x, state)
     np.testing.assert_allclose(out, means[index], rtol=1e-5, atol=1e-6)
     old = {"index": jnp.asarray(index, jnp.int32)}  # as in older checkpoints
-    np.testing.assert_array_equal(jax.jit(jw.ShareWeights(n, seed=0).apply)(x, old), out)
+    np.testing.assert_array_equal(jax.jit(jw.ShareWeights(jw.sharing.Hashed(n)).apply)(x, old), out)
 
 
 def test_a_pruned_cluster_index_keeps_its_zeros():
@@ -249,10 +249,10 @@ def test_hash_index_is_even():
 # ShareWeights
 
 
-@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("groups", [6, jw.sharing.Hashed(6, seed=3)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_share_weights_projects_on_the_means(seed, dtype):
-    w, t = jnp.asarray(normal(20, 15), dtype), jw.ShareWeights(6, seed=seed)
+def test_share_weights_projects_on_the_means(groups, dtype):
+    w, t = jnp.asarray(normal(20, 15), dtype), jw.ShareWeights(groups)
     state, apply = t.init(w, jax.random.key(0)), jax.jit(t.apply)
     out, index, exact = apply(w, state), np.asarray(state["index"]), np.float64(w)
     assert out.dtype == dtype
@@ -263,7 +263,7 @@ def test_share_weights_projects_on_the_means(seed, dtype):
 
 
 def test_share_weights_gradient_is_the_mean_of_the_group():
-    w, t = jnp.float32(normal(8, 5)), jw.ShareWeights(4, seed=1)
+    w, t = jnp.float32(normal(8, 5)), jw.ShareWeights(jw.sharing.Hashed(4, seed=1))
     state = t.init(w, jax.random.key(0))
     index, cotangent = np.asarray(state["index"]), normal(8, 5, seed=2)
     gradient = jax.vjp(lambda w: t.apply(w, state), w)[1](jnp.float32(cotangent))[0]

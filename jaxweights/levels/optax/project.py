@@ -38,7 +38,8 @@ def project(
     `anchor` of the transform. A weight that the transform does not change keeps its update u.
 
     The state of the transform is part of the optimizer's state. Each step calls `update`, then `apply`. A learned scale
-    (`WeightNorm`) keeps its initial value, and so the norms stay as they were at `init`.
+    (`WeightNorm`) keeps its initial value, and so the norms stay as they were at `init`. So does a learned codebook,
+    and with it the weights: leave out the `codebook_gradient` of `ShareWeights` here.
 
     A transform that uses gradients, such as `Prune(0.5, score=jw.scores.saliency)`, gets those that are passed to the
     chain: `tx.update(updates, state, params, grad=grads)`. `confine` needs no such argument.

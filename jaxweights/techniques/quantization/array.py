@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,11 +12,12 @@ import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes, Reading
 from jaxweights.core.checks import check_weight
-from jaxweights.core.layer import Layer, same_matrices, transposed_layer
-from jaxweights.core.stored import nbytes, product
+from jaxweights.core.layer import Layer, same_matrices
+from jaxweights.core.matrices import StoredMatrices
+from jaxweights.core.packing import unpack, unpack_rows
+from jaxweights.core.stored import product
 from jaxweights.techniques.quantization.blocks import Parts, decode, in_dtype
 from jaxweights.techniques.quantization.formats import Format
-from jaxweights.techniques.quantization.packing import unpack, unpack_rows
 from jaxweights.techniques.quantization.products.product import times
 from jaxweights.techniques.quantization.scales import Scales
 from jaxweights.techniques.quantization.stacks import stacked
@@ -27,7 +27,7 @@ _FIELDS = ("words", "scale", "zero", "minimum", "order", "input_scale")
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_FIELDS, meta_fields=["format", "dtype", "layer"])
 @dataclasses.dataclass(frozen=True)
-class QuantizedArray:
+class QuantizedArray(StoredMatrices):
     """A weight in few bits: w ≈ (value(code) − zero)·scale. A pytree node, one leaf to every level.
 
     The weight is stored as a matrix of K rows, its inputs, and N columns, its output units. Batch axes lead: `jit`,
@@ -54,17 +54,7 @@ class QuantizedArray:
     format: Format
     dtype: jnp.dtype
     layer: Layer
-    __array_ufunc__ = None  # an array of NumPy leaves x @ w to __rmatmul__
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self.layer.with_batch(self._batch)[0]
-
-    @property
-    def axes(self) -> Axes:
-        """How the weight is read as a matrix."""
-        return self.layer.with_batch(self._batch)[1]
+    _array = ("words", 2)
 
     @property
     def rows(self) -> int:
@@ -76,11 +66,6 @@ class QuantizedArray:
     def codes(self) -> jax.Array:
         """The codes, int32 (*batch, [groups,] K, N)."""
         return unpack(self.words, self.format.grid.bits, self.rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return nbytes(self)
 
     @jax.jit
     def matrix(self) -> jax.Array:
@@ -107,15 +92,6 @@ class QuantizedArray:
         """The dequantized weight."""
         return self.axes.weight(in_dtype(self.matrix(), self.dtype), self.shape)
 
-    def transpose(self, permutation: Sequence[int]) -> QuantizedArray | None:
-        """The weight with its axes in this order. None where its rows would change places."""
-        transposed = transposed_layer(self.axes, self.shape, permutation)
-        if transposed is None:
-            return None
-        layer, order = transposed
-        moved = jax.tree.map(lambda a: a.transpose(*order, *range(len(order), a.ndim)), self)
-        return dataclasses.replace(moved, layer=layer)
-
     def astype(self, dtype: jnp.dtype) -> QuantizedArray:
         """The weight in another floating dtype."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
@@ -126,30 +102,6 @@ class QuantizedArray:
             return self
         stack = stacked(self)
         return stack if stack is not None and same_matrices(axes, stack.axes, self.shape) else None
-
-    def take(self, index: jax.Array) -> jax.Array | None:
-        """w[index] for an array of integers in bounds, if the first axis numbers rows or columns, else None."""
-        r, i, rest = Reading.of(self.axes, self.shape), index.reshape(-1), self.shape[1:]
-        if r.batch or r.groups > 1 or (0,) not in (r.contracted, r.output):
-            return None
-        axes, shape = self.axes, (len(i), *rest)
-        if r.output == (0,):
-            columns = dataclasses.replace(self._columns(i), layer=Layer.of(axes, shape))
-            return columns.todense().reshape(*index.shape, *rest)
-        row = i if self.order is None else jnp.argsort(self.order)[i]
-        _, block = self.format.blocks(self.rows)
-
-        def of_rows(values: jax.Array) -> jax.Array:
-            return values if values.shape[0] == 1 else values[row // block]
-
-        zero = None if self.zero is None else of_rows(self.zero)
-        codes = unpack_rows(self.words, self.format.grid.bits, row)
-        w = decode(codes, Parts(of_rows(self.scale.values()), zero), self.format)
-        if self.minimum is not None:
-            w = w - of_rows(self.minimum.values())
-        if self.input_scale is not None:
-            w = w * self.input_scale[i][:, None].astype(w.dtype)
-        return axes.weight(in_dtype(w, self.dtype), shape).reshape(*index.shape, *rest)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """Returns x @ w, computed from the codes."""
@@ -163,15 +115,25 @@ class QuantizedArray:
         shape = "×".join(map(str, self.shape))
         return f"QuantizedArray({shape} {self.dtype} as {self.format}; {self.nbytes:,} bytes)"
 
-    def _columns(self, index: jax.Array) -> QuantizedArray:
-        """Some columns of a matrix."""
+    def _rows(self, index: jax.Array) -> jax.Array:
+        row = index if self.order is None else jnp.argsort(self.order)[index]
+        _, block = self.format.blocks(self.rows)
 
+        def of_rows(values: jax.Array) -> jax.Array:
+            return values if values.shape[0] == 1 else values[row // block]
+
+        zero = None if self.zero is None else of_rows(self.zero)
+        codes = unpack_rows(self.words, self.format.grid.bits, row)
+        w = decode(codes, Parts(of_rows(self.scale.values()), zero), self.format)
+        if self.minimum is not None:
+            w = w - of_rows(self.minimum.values())
+        if self.input_scale is not None:
+            w = w * self.input_scale[index][:, None].astype(w.dtype)
+        return in_dtype(w, self.dtype)
+
+    def _columns(self, index: jax.Array) -> QuantizedArray:
         def of(values: Any) -> Any:
             return jax.tree.map(lambda a: a[..., index] if a.shape[-1] > 1 else a, values)
 
         scale, zero, minimum = map(of, (self.scale, self.zero, self.minimum))
         return dataclasses.replace(self, words=self.words[..., index], scale=scale, zero=zero, minimum=minimum)
-
-    @property
-    def _batch(self) -> tuple[int, ...]:
-        return self.words.shape[: -3 if self.layer.axes.groups > 1 else -2]

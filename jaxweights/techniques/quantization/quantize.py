@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxweights.core.axes import Axes
 from jaxweights.core.checks import check_key, check_weight
 from jaxweights.core.layer import stored_matrix
+from jaxweights.core.packing import pack
 from jaxweights.techniques.quantization.array import QuantizedArray
 from jaxweights.techniques.quantization.blocking import Blocking, from_blocks, in_blocks
 from jaxweights.techniques.quantization.blocks import Parts, encode
 from jaxweights.techniques.quantization.formats import Format, format_of
-from jaxweights.techniques.quantization.packing import pack
 from jaxweights.techniques.quantization.ranges import Range, default_range
 from jaxweights.techniques.quantization.scales import Scales
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxweights.numerics.batching import apply_if
 from jaxweights.numerics.dtypes import accumulation_dtype
+from jaxweights.techniques.weight_sharing.importance import Importance
 
 T = TypeVar("T")
 
@@ -45,11 +46,15 @@ def over_blocks(f: Callable[..., T], carry: T, *arrays: jax.Array, block: int = 
 
 
 def group_means(
-    x: jax.Array, index: jax.Array | Callable[[jax.Array], jax.Array], n: int
+    x: jax.Array,
+    index: jax.Array | Callable[[jax.Array], jax.Array],
+    n: int,
+    importance: Importance | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(mean, size) of each of `n` groups. An empty group has mean 0, and no group takes the positions of −1.
 
-    `index` holds the group of each position, or is a function that finds it for a block of `x`.
+    `index` holds the group of each position, or is a function that finds it for a block of `x`. With `importance`,
+    means are weighted by it, and the size is its sum.
 
     Sums what the members of a group deviate from the mean of the first of them, so that a long sum rounds little off
     and the mean of equal members is their value, bit for bit. The sum over blocks has a second float for what it rounds
@@ -62,32 +67,38 @@ def group_means(
         centre, total, lost, size = carry
         group = inside(index(x) if callable(index) else given[0], n)
         x = x.astype(dtype) / scale
+        counts = jnp.ones_like(x) if importance is None else importance.relative(given[-1]).astype(dtype)
 
         def sums(centre):
-            terms = jnp.stack([x - centre.at[group].get(mode="clip"), jnp.ones_like(x)], -1)
+            terms = jnp.stack([counts * (x - centre.at[group].get(mode="clip")), counts], -1)
             return jnp.moveaxis(jnp.zeros((n, 2), dtype).at[group].add(terms, mode="drop"), -1, 0)
 
         def recentre(state):
             centre, (rough, members) = state
-            centre = jnp.where(appears, rough / jnp.maximum(members, dtype.type(1)), centre)
+            centre = jnp.where(appears, rough / _or_one(members), centre)
             return centre, sums(centre)
 
         first = sums(centre)
         appears = (size == 0) & (first[1] > 0)
         centre, (more, members) = apply_if(jnp.any(appears), recentre, (centre, first))
         total, error = two_sum(total, more)
-        return centre, total, lost + error, size + members.astype(jnp.int32)
+        return centre, total, lost + error, size + members.astype(size.dtype)
 
     zeros = jnp.zeros(n, dtype)
-    carry = zeros, zeros, zeros, jnp.zeros(n, jnp.int32)
-    arrays = [x] if callable(index) else [x, index]
+    carry = zeros, zeros, zeros, jnp.zeros(n, jnp.int32 if importance is None else dtype)
+    arrays = [x] + ([] if callable(index) else [index]) + ([] if importance is None else [importance.values])
     centre, total, lost, size = over_blocks(add, carry, *arrays, block=max(_BLOCK, 16 * n))
 
     def mean(_):
-        return (centre + (total + lost) / jnp.maximum(size, 1).astype(dtype)) * scale
+        return (centre + (total + lost) / _or_one(size).astype(dtype)) * scale
 
     # In a loop, since XLA on CPUs computes it at every position that looks it up otherwise.
     return apply_if(jnp.any(size > 0), mean, zeros), size
+
+
+def _or_one(size: jax.Array) -> jax.Array:
+    """The size, or 1 for a group without members: to divide by."""
+    return jnp.where(size > 0, size, jnp.ones_like(size))
 
 
 def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

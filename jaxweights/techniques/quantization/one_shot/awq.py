@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from jaxweights.core.checks import check_weight
 from jaxweights.core.method import Method
+from jaxweights.core.packing import pack
 from jaxweights.core.second_moment import stored_with_second_moment
 from jaxweights.numerics.norms import safe_divide
 from jaxweights.techniques.quantization.array import QuantizedArray
 from jaxweights.techniques.quantization.blocks import Parts, decode, encode
 from jaxweights.techniques.quantization.formats import Format, format_of
-from jaxweights.techniques.quantization.packing import pack
 from jaxweights.techniques.quantization.quantize import check_range, fit_matrix, from_blocks, in_blocks, quantize
 from jaxweights.techniques.quantization.ranges import Range
 from jaxweights.techniques.quantization.scales import Scales

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from jaxweights.core.checks import check_scalar, check_weight
 from jaxweights.core.method import Method
+from jaxweights.core.packing import pack
 from jaxweights.core.second_moment import stored_with_second_moment
 from jaxweights.core.transform import Number
 from jaxweights.numerics.error_feedback import Block, error_feedback
 from jaxweights.techniques.quantization.array import QuantizedArray
 from jaxweights.techniques.quantization.blocks import Parts, decode, encode
 from jaxweights.techniques.quantization.formats import Format, format_of
-from jaxweights.techniques.quantization.packing import pack
 from jaxweights.techniques.quantization.quantize import check_range, fit_blocks, fit_matrix, quantize
 from jaxweights.techniques.quantization.ranges import Range
 from jaxweights.techniques.quantization.scales import Scales

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxweights.core.packing import planes, unpack
 from jaxweights.techniques.quantization.grids import Floats, Grid, Integers, Levels
-from jaxweights.techniques.quantization.packing import planes, unpack
 from jaxweights.techniques.quantization.products.tiles import block_sums, offsets, tiled_times
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxweights.core.packing import planes, rows_of_a_period
 from jaxweights.techniques.quantization.blocks import Parts, decode
 from jaxweights.techniques.quantization.formats import E4M3
-from jaxweights.techniques.quantization.packing import planes, rows_of_a_period
 from jaxweights.techniques.quantization.products.tiles import tiled_times
 from jaxweights.techniques.quantization.scales import Scales
 

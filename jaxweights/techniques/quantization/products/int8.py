@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxweights.core.checks import check_weight
+from jaxweights.core.packing import n_words, rows_of_a_period, unpack
 from jaxweights.core.stored import product
 from jaxweights.numerics.norms import safe_divide
 from jaxweights.techniques.quantization.array import QuantizedArray
 from jaxweights.techniques.quantization.grids import Integers
-from jaxweights.techniques.quantization.packing import n_words, rows_of_a_period, unpack
 from jaxweights.techniques.quantization.products.product import in_stored_order, times
 from jaxweights.techniques.quantization.products.tiles import block_sums, offsets, tiled_times
 

@@ -1,4 +1,4 @@
-"""The product with a stored matrix: one implementation for each kind of device, one derivative, one rule for vmap."""
+"""The product with a quantized matrix."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.custom_batching import custom_vmap
-from jax.custom_derivatives import SymbolicZero
 
+from jaxweights.core.device_product import Times, device_product
 from jaxweights.techniques.quantization.grids import Integers
-from jaxweights.techniques.quantization.products.platforms import times_of_platform
+from jaxweights.techniques.quantization.products import cpu, gpu, tpu
 from jaxweights.techniques.quantization.products.tiles import tiled_times
 
 if TYPE_CHECKING:
@@ -52,49 +50,16 @@ def _centered(q: QuantizedArray) -> QuantizedArray:
     return dataclasses.replace(q, zero=zero - half, format=format)
 
 
-@jax.custom_jvp
-def _times(x: jax.Array, q: QuantizedArray) -> jax.Array:
-    return _on_device(x, q)
+def _narrow(times: Times) -> Times:
+    """The same with operands in bfloat16 where the weight is: there, accelerators multiply faster."""
+    return lambda x, q: times(x.astype(q.dtype) if q.dtype == jnp.bfloat16 else x, q)
 
 
-def _derivative(primals, tangents):
-    (x, q), (dx, dq) = primals, tangents
-    leaves, tree = jax.tree.flatten(q)
-    changes = jax.tree.leaves(dq, is_leaf=lambda a: isinstance(a, SymbolicZero))
-    varies = [i for i, change in enumerate(changes) if not isinstance(change, SymbolicZero)]
-    y = _times(x, q)
-    dy = jnp.zeros_like(y) if isinstance(dx, SymbolicZero) else tiled_times(dx, q)
-    if not varies:
-        return y, dy
-
-    def of_scales(*values: jax.Array) -> jax.Array:
-        new = dict(zip(varies, values, strict=True))
-        return tiled_times(x, jax.tree.unflatten(tree, [new.get(i, leaf) for i, leaf in enumerate(leaves)]))
-
-    of_q = jax.jvp(of_scales, [leaves[i] for i in varies], [changes[i] for i in varies])[1]
-    return y, dy + of_q
-
-
-_times.defjvp(_derivative, symbolic_zeros=True)
-
-
-@custom_vmap
-def _on_device(x: jax.Array, q: QuantizedArray) -> jax.Array:
-    return times_of_platform(x, q) if x.dtype == jnp.float32 else tiled_times(x, q)
-
-
-@_on_device.def_vmap
-def _batched(size: int, batched, x: jax.Array, q: QuantizedArray):
-    """One product of more rows for one matrix, a loop over products for several."""
-    x_batched, q_batched = batched
-    if not any(jax.tree.leaves(q_batched)):
-        return _on_device(x.reshape(-1, x.shape[-1]), q).reshape(*x.shape[:-1], -1), True
-    leaves, tree = jax.tree.flatten((x, q))
-    in_loop = [x_batched, *jax.tree.leaves(q_batched)]
-
-    def one(slices: list[jax.Array]) -> jax.Array:
-        each = iter(slices)
-        whole = [next(each) if looped else leaf for leaf, looped in zip(leaves, in_loop, strict=True)]
-        return _on_device(*jax.tree.unflatten(tree, whole))
-
-    return lax.map(one, [leaf for leaf, looped in zip(leaves, in_loop, strict=True) if looped]), True
+_times = device_product(
+    "quantized_times",
+    tiled_times,
+    cpu=cpu.times,
+    tpu=_narrow(tpu.times),
+    gpu=_narrow(gpu.times),
+    gpu_export=tiled_times,  # `jax.export` refuses a kernel, because a later version of JAX may not read it
+)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxweights.core.packing import n_words, rows_of_a_period, unpack
 from jaxweights.techniques.quantization.blocks import Parts, decode
 from jaxweights.techniques.quantization.formats import Format
-from jaxweights.techniques.quantization.packing import n_words, rows_of_a_period, unpack
 from jaxweights.techniques.quantization.products.tiles import tiled_times
 
 if TYPE_CHECKING:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes
-from jaxweights.core.checks import check_integer, check_weight
-from jaxweights.core.layer import Layer, same_matrices, transposed_layer
-from jaxweights.core.stored import nbytes, product
+from jaxweights.core.checks import check_integer
+from jaxweights.core.layer import Layer
+from jaxweights.core.matrices import StoredMatrices
 from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, nan_unless
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks", "rows", "columns"], meta_fields=["layer"])
 @dataclasses.dataclass(frozen=True)
-class BlockSparseArray:
+class BlockSparseArray(StoredMatrices):
     """A weight stored as the blocks of its matrix in which anything is kept. A pytree node, one leaf to every level.
 
     Batch axes lead: `scan` and `vmap` over a stack see one layer at a time.
@@ -34,27 +33,12 @@ class BlockSparseArray:
     rows: jax.Array
     columns: jax.Array
     layer: Layer
-    __array_ufunc__ = None  # an array of NumPy leaves x @ w to __rmatmul__
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self.layer.with_batch(self._batch)[0]
-
-    @property
-    def axes(self) -> Axes:
-        """How the weight is read as a matrix."""
-        return self.layer.with_batch(self._batch)[1]
+    _array = ("rows", 1)
 
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of the weight."""
         return self.blocks.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the blocks and their positions."""
-        return nbytes(self)
 
     @jax.jit
     def todense(self) -> jax.Array:
@@ -72,32 +56,13 @@ class BlockSparseArray:
             matrix = jax.vmap(matrix)
         return self.axes.weight(matrix(self.blocks, self.rows, self.columns), self.shape)
 
-    def transpose(self, permutation: Sequence[int]) -> BlockSparseArray | None:
-        """The weight with its axes in this order. None where its rows would change places."""
-        transposed = transposed_layer(self.axes, self.shape, permutation)
-        if transposed is None:
-            return None
-        layer, order = transposed
-
-        def moved(a: jax.Array) -> jax.Array:
-            return a.transpose(*order, *range(len(order), a.ndim))
-
-        return BlockSparseArray(moved(self.blocks), moved(self.rows), moved(self.columns), layer)
-
     def astype(self, dtype: jnp.dtype) -> BlockSparseArray:
         """The weight in another floating dtype."""
         return dataclasses.replace(self, blocks=self.blocks.astype(dtype))
 
-    def read_as(self, axes: Axes) -> BlockSparseArray | None:
-        """The same weight if it is stored as these matrices, else None."""
-        return self if same_matrices(axes, self.axes, self.shape) else None
-
-    def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        """Returns x @ w: each block is multiplied by its part of x, and the products are summed by block column."""
-        return product(check_weight(x, "x"), self, self._times)
-
     @jax.jit
     def _times(self, x: jax.Array) -> jax.Array:
+        """x @ w: each block is multiplied by its part of x, and the products are summed by block column."""
         _, height, width = self.blocks.shape
         n_down, n_across = self._grid()
         padded = jnp.pad(x, ((0, 0), (0, n_down * height - x.shape[1])))
@@ -105,10 +70,6 @@ class BlockSparseArray:
         terms = jnp.einsum("xbh,bhw->bxw", parts, self.blocks.astype(x.dtype), precision="highest")
         sums = jax.ops.segment_sum(terms, self.columns, n_across, indices_are_sorted=True)
         return sums.swapaxes(0, 1).reshape(len(x), n_across * width)[:, : self._matrix_shape()[1]]
-
-    @property
-    def _batch(self) -> tuple[int, ...]:
-        return self.rows.shape[: -2 if self.layer.axes.groups > 1 else -1]
 
     def _grid(self) -> tuple[int, int]:
         """The numbers of block rows and block columns."""

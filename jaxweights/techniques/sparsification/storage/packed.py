@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxweights.core.axes import Axes, Reading
-from jaxweights.core.checks import check_integer, check_weight
-from jaxweights.core.layer import Layer, same_matrices, transposed_layer
-from jaxweights.core.stored import nbytes, product
+from jaxweights.core.axes import Axes
+from jaxweights.core.checks import check_integer
+from jaxweights.core.layer import Layer
+from jaxweights.core.matrices import StoredMatrices
 from jaxweights.techniques.sparsification.storage.kept import kept_matrix, nan_unless
 
 _TILE = 32  # bytes of codes per column; the product of one row is slower on a CPU with 8 and with 128
@@ -22,7 +21,7 @@ _TILE = 32  # bytes of codes per column; the product of one row is slower on a C
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "codes"], meta_fields=["n", "m", "layer"])
 @dataclasses.dataclass(frozen=True)
-class PackedArray:
+class PackedArray(StoredMatrices):
     """A weight in N:M storage: `n` of every `m` entries along the input. A pytree node, one leaf to every level.
 
     The weight, read as a matrix of K rows, is cut into groups of `m` consecutive rows. For each group and column, `n`
@@ -43,27 +42,12 @@ class PackedArray:
     n: int
     m: int
     layer: Layer
-    __array_ufunc__ = None  # an array of NumPy leaves x @ w to __rmatmul__
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self.layer.with_batch(self._batch)[0]
-
-    @property
-    def axes(self) -> Axes:
-        """How the weight is read as a matrix."""
-        return self.layer.with_batch(self._batch)[1]
+    _array = ("values", 2)
 
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of the weight."""
         return self.values.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values and codes."""
-        return nbytes(self)
 
     @jax.jit
     def todense(self) -> jax.Array:
@@ -77,47 +61,13 @@ class PackedArray:
         matrix = groups.reshape(*batch, kept // self.n * self.m, columns)
         return self.axes.weight(matrix, self.shape)
 
-    def transpose(self, permutation: Sequence[int]) -> PackedArray | None:
-        """The weight with its axes in this order. None where its rows would change places."""
-        transposed = transposed_layer(self.axes, self.shape, permutation)
-        if transposed is None:
-            return None
-        layer, order = transposed
-        values, codes = (a.transpose(*order, *range(len(order), a.ndim)) for a in (self.values, self.codes))
-        return dataclasses.replace(self, values=values, codes=codes, layer=layer)
-
     def astype(self, dtype: jnp.dtype) -> PackedArray:
         """The weight in another floating dtype."""
         return dataclasses.replace(self, values=self.values.astype(dtype))
 
-    def read_as(self, axes: Axes) -> PackedArray | None:
-        """The same weight if it is stored as these matrices, else None."""
-        return self if same_matrices(axes, self.axes, self.shape) else None
-
-    def take(self, index: jax.Array) -> jax.Array | None:
-        """w[index] for an array of integers in bounds, if the first axis numbers rows or columns, else None."""
-        r, i, rest = Reading.of(self.axes, self.shape), index.reshape(-1), self.shape[1:]
-        if r.batch or r.groups > 1 or (0,) not in (r.contracted, r.output):
-            return None
-        if r.output == (0,):
-            layer = Layer.of(self.axes, (len(i), *rest))
-            columns = PackedArray(self.values[:, i], self.codes[:, i], self.n, self.m, layer)
-            return columns.todense().reshape(*index.shape, *rest)
-        rows = jnp.zeros((), self.dtype)
-        for slot in range(self.n):
-            stored = i // self.m * self.n + slot
-            shift = _bits(self.m) * (stored % self._per_byte)
-            codes = self.codes[stored // self._per_byte] >> shift.astype(jnp.uint8)[:, None]
-            here = codes & jnp.uint8(2 ** _bits(self.m) - 1) == (i % self.m).astype(jnp.uint8)[:, None]
-            rows = jnp.where(here, self.values[stored], rows)
-        return self.axes.weight(rows, (len(i), *rest)).reshape(*index.shape, *rest)
-
-    def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        """Returns x @ w. A single row is multiplied by the packed weight, several rows by the unpacked one."""
-        return product(check_weight(x, "x"), self, self._times)
-
     @jax.jit
     def _times(self, x: jax.Array) -> jax.Array:
+        """x @ w: a single row is multiplied by the packed weight, several rows by the unpacked one."""
         if len(x) == 1:
             return self._times_row(x[0])[None]
         return jnp.matmul(x, self.axes.matrix(self.todense()).astype(x.dtype), precision="highest")
@@ -142,9 +92,18 @@ class PackedArray:
         y, _ = jax.lax.scan(add_tile, zero, (tiles_of(x), tiles_of(self.values), tiles_of(self.codes)))
         return y
 
-    @property
-    def _batch(self) -> tuple[int, ...]:
-        return self.values.shape[: -3 if self.layer.axes.groups > 1 else -2]
+    def _rows(self, index: jax.Array) -> jax.Array:
+        rows = jnp.zeros((), self.dtype)
+        for slot in range(self.n):
+            stored = index // self.m * self.n + slot
+            shift = _bits(self.m) * (stored % self._per_byte)
+            codes = self.codes[stored // self._per_byte] >> shift.astype(jnp.uint8)[:, None]
+            here = codes & jnp.uint8(2 ** _bits(self.m) - 1) == (index % self.m).astype(jnp.uint8)[:, None]
+            rows = jnp.where(here, self.values[stored], rows)
+        return rows
+
+    def _columns(self, index: jax.Array) -> PackedArray:
+        return dataclasses.replace(self, values=self.values[:, index], codes=self.codes[:, index])
 
     @property
     def _per_byte(self) -> int:

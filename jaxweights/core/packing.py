@@ -110,6 +110,17 @@ def unpack_rows(words: jax.Array, bits: int, index: jax.Array) -> jax.Array:
     return codes
 
 
+def unpack_tile(words: jax.Array, bits: int, tile: jax.Array | int, size: int, rows: int) -> jax.Array:
+    """The codes of the first rows of a tile of one matrix that is cut every `size` rows, int32 (rows, columns)."""
+    count, start = n_words(rows, bits), tile * n_words(size, bits)
+    if len(planes(bits)) == 1 or isinstance(tile, int):
+        return unpack(jax.lax.dynamic_slice_in_dim(words, start, count), bits, rows)
+    # Gathered, words of several planes are not fused with what unpacks them, which would be ten times slower.
+    periods = words.reshape(-1, bits, words.shape[1])
+    of_tile = periods[start // bits + jnp.arange(count // bits)]
+    return unpack(of_tile.reshape(count, -1), bits, rows)
+
+
 def _check(array: jax.Array, bits: int, name: str) -> None:
     """Raises unless there are as many bits as a code may have, and matrices of integers."""
     check_integer("bits", bits, 1, 8)
