@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxweights.techniques.quantization.packing import n_words, planes, rows_of_a_period
+from jaxweights.core.packing import n_words, planes, rows_of_a_period
 
 
 def to_stream(codes: np.ndarray, bits: int) -> np.ndarray:

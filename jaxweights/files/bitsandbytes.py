@@ -81,7 +81,8 @@ def _absmax(what: str, parts: Mapping[str, np.ndarray], state: Mapping[str, Any]
             f"{what}: '.nested_quant_map' {table.shape} must have 256 entries, and '.nested_absmax' {outer.shape} one "
             f"for each {block} of '.absmax' {codes.shape}"
         )
-    return table[codes] * outer[np.arange(codes.size) // block] + np.float32(offset)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities in a damaged file
+        return table[codes] * outer[np.arange(codes.size) // block] + np.float32(offset)
 
 
 def _write(what: str, q: QuantizedArray) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxweights.core.axes import Axes, Reading
 from jaxweights.core.layer import Layer
 from jaxweights.files.bits import from_words, to_words
+from jaxweights.files.mapping import on_device
 from jaxweights.techniques.quantization.array import QuantizedArray
 from jaxweights.techniques.quantization.formats import Format
 from jaxweights.techniques.quantization.grids import Integers
@@ -87,11 +88,11 @@ def quantized(
 ) -> QuantizedArray:
     """The weight (*batch, N, K) of codes of its shape, with the arrays of a `QuantizedArray` for the rest."""
     return QuantizedArray(
-        words=jnp.array(to_words(codes, format.grid.bits)),
-        scale=Scales(jnp.array(scale), None if outer is None else jnp.array(outer), format.scale),
-        zero=None if zero is None else jnp.array(zero),
+        words=on_device(to_words(codes, format.grid.bits)),
+        scale=Scales(on_device(scale), None if outer is None else on_device(outer), format.scale),
+        zero=None if zero is None else on_device(zero),
         minimum=minimum,
-        order=None if order is None else jnp.array(order),
+        order=None if order is None else on_device(order),
         input_scale=None,
         format=format,
         dtype=jnp.dtype(dtype),

@@ -25,7 +25,7 @@ def _reads(parts: Mapping[str, np.ndarray], config: Config) -> bool:
 def _read(what: str, parts: Mapping[str, np.ndarray], config: Config) -> QuantizedArray:
     """Codes (N, words), scales (N, groups) or (N, 1) or (1,), zero points (words of N, groups), the shape (N, K)."""
     packed = part(what, parts, ".weight_packed", ["i4"], 2)
-    shape = tuple(part(what, parts, ".weight_shape", ["i4", "i8"], 1).tolist())
+    shape = tuple(part(what, parts, ".weight_shape", ["i4", "i8"], 1)[:3].tolist())  # of more, 3 tell
     if len(shape) != 2 or shape[0] != packed.shape[0] or min(shape) < 1:
         raise ValueError(f"{what}: '.weight_packed' {packed.shape} is no packed weight of shape {shape}")
     n, rows = shape

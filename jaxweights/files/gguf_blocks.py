@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.core.axes import Reading
@@ -10,6 +9,7 @@ from jaxweights.files.bits import from_words
 from jaxweights.files.codec import columns, quantized
 from jaxweights.files.gguf import BLOCK_TYPES, Blocks
 from jaxweights.files.gguf_layouts import LAYOUTS, Fields
+from jaxweights.files.mapping import on_device
 from jaxweights.techniques.quantization.array import QuantizedArray
 from jaxweights.techniques.quantization.formats import Format
 from jaxweights.techniques.quantization.grids import Integers
@@ -32,8 +32,8 @@ def read(blocks: Blocks) -> QuantizedArray:
     minimum = None
     if fields.minimum is not None:
         outer = factor(fields.minimum_outer)
-        codes = jnp.array(columns(flat(fields.minimum)))
-        minimum = Scales(codes, None if outer is None else jnp.array(outer), kind.format.scale)
+        codes = on_device(columns(flat(fields.minimum)))
+        minimum = Scales(codes, None if outer is None else on_device(outer), kind.format.scale)
     return quantized(
         flat(fields.codes),
         kind.format,

@@ -5,26 +5,28 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.files import gguf, gguf_blocks, safetensors
 from jaxweights.files.awq import AWQ
 from jaxweights.files.bitsandbytes import BITSANDBYTES_FP4, BITSANDBYTES_NF4
 from jaxweights.files.codec import Codec, Config
+from jaxweights.files.coded import decoded
 from jaxweights.files.compressed_tensors import COMPRESSED_TENSORS
 from jaxweights.files.gptq import GPTQ
-from jaxweights.files.mapping import Contents
+from jaxweights.files.mapping import Contents, on_device
 from jaxweights.files.mxfp4 import MXFP4
 from jaxweights.files.names import check_kinds, nested
 from jaxweights.files.sparse_24 import SPARSE_24
-from jaxweights.files.stored import from_tensors
+from jaxweights.files.stored import PARTS, from_tensors
 
 OURS = "jaxweights"
 """The name in the metadata of a file under which a description of the tree and its stored weights is kept."""
+CODED_VERSION = 2
+"""The version of that description in a file with entropy-coded tensors; without, it is 1."""
 CONFIG = "quantization_config"
 """Its name in the metadata of a file, as in a config.json."""
 _INDEX = "model.safetensors.index.json"
@@ -58,6 +60,7 @@ def load(path: str | Path) -> Any:
 
     Raises:
       ValueError: the file is damaged, incomplete, or of a format that is not read. The message names the tensor.
+      ImportError: the file is entropy-coded, and constriction is not installed.
       OSError: the file cannot be read.
 
     >>> import tempfile, jax.numpy as jnp, jaxweights as jw
@@ -71,10 +74,8 @@ def load(path: str | Path) -> Any:
     """
     path = as_path(path)
     contents = read(path)
-    if path.suffix == ".gguf":
-        kinds = _ours(path.name, contents).get("nodes", {})
-        return nested({name: _leaf_of_gguf(t) for name, t in contents.tensors.items()}, check_kinds(kinds))
-    return _tree(path, contents)
+    found = {name: leaf.read() for name, leaf in leaves(path, contents).items()}
+    return nested(found, check_kinds(_ours(path.name, contents).get("nodes", {})))
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
@@ -109,9 +110,7 @@ def as_path(path: Any) -> Path:
 
 def read(path: Path) -> Contents:
     """The tensors and metadata of a file, or of the files of a folder or an index."""
-    if path.is_dir():
-        index = path / _INDEX
-        path = index if index.exists() else path / "model.safetensors"
+    path = file_of(path)
     if path.suffix == ".gguf":
         return gguf.read(path)
     if path.name.endswith(".safetensors.index.json"):
@@ -121,6 +120,14 @@ def read(path: Path) -> Contents:
     raise ValueError(
         f"path must end in .safetensors, .gguf or .safetensors.index.json, or be a folder, got {path.name!r}"
     )
+
+
+def file_of(path: Path) -> Path:
+    """`path`, or if that is a folder, the file in it to start from."""
+    if not path.is_dir():
+        return path
+    index = path / _INDEX
+    return index if index.exists() else path / "model.safetensors"
 
 
 def _read_index(path: Path) -> Contents:
@@ -144,39 +151,90 @@ def _read_index(path: Path) -> Contents:
     return Contents(tensors, {})
 
 
-def _tree(path: Path, contents: Contents) -> Any:
-    """The tree of safetensors: weights of ours by the metadata, those of others by the names of their tensors."""
+class Leaf(NamedTuple):
+    """A leaf of the tree in a file, which is not read yet.
+
+    Attributes:
+      form: "" of an array; of a stored weight the name of its format, or "jaxweights".
+      tensors: names of the tensors of the file that make it up.
+      read: gives the array or the stored weight.
+    """
+
+    form: str
+    tensors: tuple[str, ...]
+    read: Callable[[], Any]
+
+
+def leaves(path: Path, contents: Contents) -> dict[str, Leaf]:
+    """The leaves by name: weights of ours by the metadata, those of others by the names of their tensors."""
+    if path.suffix == ".gguf":
+        return {name: _leaf_of_gguf(name, tensor) for name, tensor in contents.tensors.items()}
     tensors = dict(contents.tensors)
     ours = _ours(path.name, contents)
-    leaves: dict[str, Any] = {}
     described = ours.get("stored", {})
     if not isinstance(described, dict):
         raise ValueError(f"{path.name}: the stored weights must be described by name, got {str(described)[:200]}")
+    coded = _checked(f"the list of coded tensors of {path.name}", ours.get("coded", {}))
+    if missing := [name for name in coded if name not in tensors]:
+        raise ValueError(f"{path.name} has no tensor {missing[0]!r}, of whose code it tells: the file is incomplete")
+    found: dict[str, Leaf] = {}
+    parts = _below(described, tensors)
     for name, description in described.items():
-
-        def take(part: str, name: str = name) -> np.ndarray | None:
-            return tensors.pop(f"{name}.{part}", None)
-
-        leaves[name] = from_tensors(f"{path.name}: the stored weight {name!r}", description, take)
+        of = {part: tensors.pop(f"{name}.{part}") for part in parts[name]}
+        what = f"{path.name}: the stored weight {name!r}"
+        codes = {part: coded[f"{name}.{part}"] for part in of if f"{name}.{part}" in coded}
+        read = functools.partial(_read_ours, what, description, of, codes)
+        found[name] = Leaf(OURS, tuple(f"{name}.{part}" for part in of), read)
     if not ours or CONFIG in contents.metadata:
         config = functools.cache(lambda: _config(path, contents))
         for codec in _CODECS:
-            leaves |= _take(path.name, codec, tensors, config)
+            found |= _take(path.name, codec, tensors, config)
     for name, tensor in tensors.items():
-        if name in leaves:
+        if name in found:
             raise ValueError(f"{path.name} has tensor {name!r}, and others that make up a weight of this name")
-        leaves[name] = as_leaf(tensor)
-    return nested(leaves, check_kinds(ours.get("nodes", {})))
+        if name in coded:
+            what = f"{path.name}: tensor {name!r}"
+            found[name] = Leaf(OURS, (name,), functools.partial(_read_coded, what, coded[name], tensor))
+        else:
+            found[name] = Leaf("", (name,), functools.partial(as_leaf, tensor))
+    return found
 
 
-def _take(file: str, codec: Codec, tensors: dict[str, np.ndarray], config: Callable[[], Config]) -> dict[str, Any]:
+def _below(names: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, list[str]]:
+    """{name: the rest of the names of the tensors that are parts of it, as "words" and "scale.codes"}."""
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for tensor in tensors:
+        for above in (tensor.rsplit(".", 1)[0], tensor.rsplit(".", 2)[0]):
+            part = tensor[len(above) + 1 :]
+            if above in found and part.partition(".")[0] in PARTS:
+                found[above].append(part)
+                break
+    return found
+
+
+def _read_ours(what: str, description: Any, parts: dict[str, np.ndarray], codes: Mapping[str, Any]) -> Any:
+    """The stored weight of a description. Raises a ValueError if it has tensors of which that does not tell."""
+    left = parts | {part: decoded(f"{what}: {part!r}", of, parts[part]) for part, of in codes.items()}
+    stored = from_tensors(what, description, lambda part: left.pop(part, None))
+    if left:
+        raise ValueError(f"{what} has the tensor {next(iter(left))!r}, of which its description does not tell")
+    return stored
+
+
+def _read_coded(what: str, description: Any, tensor: np.ndarray) -> jax.Array | np.ndarray:
+    return as_leaf(decoded(what, description, tensor))
+
+
+def _take(file: str, codec: Codec, tensors: dict[str, np.ndarray], config: Callable[[], Config]) -> dict[str, Leaf]:
     """The weights in the format of `codec`, whose tensors are taken out of `tensors`."""
-    found: dict[str, Any] = {}
+    found: dict[str, Leaf] = {}
     for lead in [name for name in tensors if name.endswith(codec.lead)]:
         base = lead.removesuffix(codec.lead)
         parts = {end: tensors[base + end] for end in codec.parts if base + end in tensors}
         if codec.reads(parts, config()):
-            found[base + codec.replaced] = codec.read(f"{file}: the weight {base + codec.replaced!r}", parts, config())
+            name = base + codec.replaced
+            read = functools.partial(codec.read, f"{file}: the weight {name!r}", parts, config())
+            found[name] = Leaf(codec.name, tuple(base + end for end in parts), read)
             for end in parts:
                 del tensors[base + end]
     return found
@@ -209,18 +267,21 @@ def _ours(file: str, contents: Contents) -> Mapping[str, Any]:
         return {}
     what = f"the metadata {OURS!r} of {file}"
     ours = _checked(what, safetensors.parse_json(what, str(contents.metadata[OURS]).encode()))
-    if ours.get("version") != 1:
+    if ours.get("version") not in (1, CODED_VERSION):
         raise ValueError(
-            f"{what} is of version {str(ours.get('version'))[:200]}, of which only 1 is read: update jaxweights"
+            f"{what} is of version {str(ours.get('version'))[:200]}, of which 1 and {CODED_VERSION} are read: "
+            f"update jaxweights"
         )
     return ours
 
 
-def _leaf_of_gguf(tensor: np.ndarray | gguf.Blocks) -> Any:
-    return gguf_blocks.read(tensor) if isinstance(tensor, gguf.Blocks) else as_leaf(tensor)
+def _leaf_of_gguf(name: str, tensor: np.ndarray | gguf.Blocks) -> Leaf:
+    if isinstance(tensor, gguf.Blocks):
+        return Leaf(tensor.type, (name,), functools.partial(gguf_blocks.read, tensor))
+    return Leaf("", (name,), functools.partial(as_leaf, tensor))
 
 
 def as_leaf(tensor: np.ndarray) -> jax.Array | np.ndarray:
     """A tensor as an array of its own: of NumPy if JAX would narrow it to 32 bits."""
     narrowed = jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype
-    return np.array(tensor) if narrowed else jnp.array(tensor)
+    return np.array(tensor) if narrowed else on_device(tensor)

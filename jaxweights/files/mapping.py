@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 LARGEST_SIZE = 2**59
@@ -37,6 +38,11 @@ def map_file(path: Path) -> np.ndarray:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         except ValueError as e:
             raise ValueError(f"{path.name} is empty: write it again, or download it again") from e
+
+
+def on_device(values: np.ndarray) -> jax.Array:
+    """A copy of `values` on the device. Unlike `jnp.array`, it compiles nothing, however many shapes there are."""
+    return jax.device_put(np.array(values))
 
 
 def check_shape(what: str, shape: object) -> tuple[int, ...]:

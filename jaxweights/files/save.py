@@ -18,9 +18,10 @@ from jaxweights.files import gguf, gguf_blocks, safetensors
 from jaxweights.files.awq import AWQ
 from jaxweights.files.bitsandbytes import BITSANDBYTES_NF4
 from jaxweights.files.codec import Codec
+from jaxweights.files.coded import coded as entropy_coded
 from jaxweights.files.compressed_tensors import COMPRESSED_TENSORS
 from jaxweights.files.gptq import GPTQ, GPTQ_V2
-from jaxweights.files.load import CONFIG, OURS, as_path
+from jaxweights.files.load import CODED_VERSION, CONFIG, OURS, as_path
 from jaxweights.files.mxfp4 import MXFP4
 from jaxweights.files.names import named
 from jaxweights.files.sparse_24 import SPARSE_24
@@ -31,7 +32,14 @@ from jaxweights.techniques.quantization.array import QuantizedArray
 _CODECS = {codec.name: codec for codec in (GPTQ, GPTQ_V2, AWQ, COMPRESSED_TENSORS, BITSANDBYTES_NF4, MXFP4, SPARSE_24)}
 
 
-def save(path: str | Path, tree: Any, *, format: str | None = None, metadata: Mapping[str, Any] | None = None) -> None:
+def save(
+    path: str | Path,
+    tree: Any,
+    *,
+    format: str | None = None,
+    entropy_coding: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
     """Saves a tree of arrays and stored weights to a safetensors or GGUF file, without loss.
 
     The file takes the place of another only once it is whole. Tensors are written one at a time.
@@ -47,15 +55,20 @@ def save(path: str | Path, tree: Any, *, format: str | None = None, metadata: Ma
     Args:
       path: ends in ".safetensors" or ".gguf".
       tree: nested dicts with strings or integers as keys, lists, tuples and None; of arrays, `QuantizedArray`,
-        `PackedArray` and `BlockSparseArray`. In GGUF only of the first two.
+        `ClusteredArray`, `PackedArray` and `BlockSparseArray`. In GGUF only of the first two.
       format: None, or in safetensors the layout of every stored weight: "gptq", "gptq_v2", "awq",
         "compressed-tensors", "bitsandbytes" or "mxfp4" of a `QuantizedArray`, "sparse-24-bitmask" of a `PackedArray`.
+      entropy_coding: in safetensors of our own layout: codes, masks, and the zeros of arrays take as many bits as they
+        have information, by the densities of zeros of rows and columns and the counts of codes. `load` gives the same
+        tree, bit for bit; no other program reads the file. Needs jaxweights[coding]. The coded tensors are held in
+        memory until all are written.
       metadata: what else to put into the header: {name: string} in safetensors; in GGUF also numbers, booleans, and
         lists of them.
 
     Raises:
       TypeError: a node of the tree or a leaf is of another type.
       ValueError: a name, a dtype or a weight does not fit the file. No file is made then.
+      ImportError: entropy coding is asked for, and constriction is not installed.
 
     >>> import tempfile, jax.numpy as jnp, jaxweights as jw
     >>> from jaxweights import files
@@ -69,6 +82,12 @@ def save(path: str | Path, tree: Any, *, format: str | None = None, metadata: Ma
     path = as_path(path)
     leaves, kinds = named(tree)
     _check_metadata(metadata)
+    if not isinstance(entropy_coding, bool):
+        raise TypeError(f"entropy_coding must be True or False, got {entropy_coding!r}: pass a bool")
+    if entropy_coding and (format is not None or path.suffix != ".safetensors"):
+        raise ValueError(
+            f"entropy_coding is for safetensors with format=None, got {path.name!r} and {format!r}: leave one out"
+        )
     if path.suffix == ".gguf":
         if format is not None:
             raise ValueError(f"format must be None for GGUF, got {format!r}: the type follows from each weight")
@@ -76,13 +95,19 @@ def save(path: str | Path, tree: Any, *, format: str | None = None, metadata: Ma
     elif path.suffix == ".safetensors":
         if format is not None and format not in _CODECS:
             raise ValueError(f"format must be None or one of {', '.join(map(repr, _CODECS))}, got {format!r}")
-        _save_safetensors(path, leaves, kinds, None if format is None else _CODECS[format], metadata or {})
+        codec = None if format is None else _CODECS[format]
+        _save_safetensors(path, leaves, kinds, codec, entropy_coding, metadata or {})
     else:
         raise ValueError(f"path must end in .safetensors or .gguf, got {path.name!r}")
 
 
 def _save_safetensors(
-    path: Path, leaves: dict[str, Any], kinds: dict[str, str], codec: Codec | None, metadata: Mapping[str, Any]
+    path: Path,
+    leaves: dict[str, Any],
+    kinds: dict[str, str],
+    codec: Codec | None,
+    entropy_coding: bool,
+    metadata: Mapping[str, Any],
 ) -> None:
     for key, value in metadata.items():
         if not isinstance(value, str):
@@ -92,24 +117,41 @@ def _save_safetensors(
     pieces: list[Piece] = []
     described: dict[str, Any] = {}
     coded: dict[str, Any] = {}
+    codes: dict[str, Any] = {}
     for name, leaf in leaves.items():
         if codec is not None and is_describable(leaf):
             pieces.append(_coded(name, leaf, codec))
             coded[name] = leaf
         elif is_describable(leaf):
             described[name] = describe(leaf)
-            pieces.append(Piece.of({f"{name}.{end}": a for end, a in tensors_of(leaf).items()}))
+            parts = tensors_of(leaf)
+            if entropy_coding:
+                parts = {end: _shortest(f"{name}.{end}", end, a, leaf, codes) for end, a in parts.items()}
+            pieces.append(Piece.of({f"{name}.{end}": a for end, a in parts.items()}))
         else:
-            pieces.append(Piece.of({name: _array(name, leaf)}))
+            array = _array(name, leaf)
+            pieces.append(Piece.of({name: _shortest(name, "", array, None, codes) if entropy_coding else array}))
     repeated = [name for name, n in Counter(name for piece in pieces for name in piece.entries).items() if n > 1]
     if repeated:
         raise ValueError(f"two tensors would be named {repeated[0]!r}: rename one of the leaves of the tree")
     text = {str(key): value for key, value in metadata.items()}
     if kinds or codec is None:
-        text[OURS] = json.dumps({"version": 1, "nodes": kinds, "stored": described})
+        ours = {"version": 1, "nodes": kinds, "stored": described}
+        if codes:
+            ours |= {"version": CODED_VERSION, "coded": codes}
+        text[OURS] = json.dumps(ours, separators=(",", ":"))
     if codec is not None and coded:
         text[CONFIG] = json.dumps(codec.config({name.rpartition(".")[0]: leaf for name, leaf in coded.items()}))
     safetensors.write(path, pieces, text)
+
+
+def _shortest(name: str, part: str, array: Any, stored: Any, codes: dict[str, Any]) -> Any:
+    """A tensor, or its code if that is shorter, of which `codes` is told then."""
+    found = entropy_coded(part, array, stored)
+    if found is None:
+        return array
+    codes[name] = found.description
+    return found.code
 
 
 def _coded(name: str, leaf: Any, codec: Codec) -> Piece:
@@ -160,8 +202,8 @@ def _array(name: str, leaf: Any) -> jax.Array | np.ndarray:
         raise TypeError(f"the leaf {name!r} is a key of jax.random: save jax.random.key_data(key)")
     if not isinstance(leaf, jax.Array | np.ndarray):
         raise TypeError(
-            f"the leaf {name!r} must be an array, a QuantizedArray, a PackedArray or a BlockSparseArray, got "
-            f"{type(leaf).__name__}: convert it with jnp.asarray, or of a Flax NNX module save "
+            f"the leaf {name!r} must be an array, a QuantizedArray, a ClusteredArray, a PackedArray or a "
+            f"BlockSparseArray, got {type(leaf).__name__}: convert it with jnp.asarray, or of a Flax NNX module save "
             f"nnx.to_pure_dict(nnx.state(module))"
         )
     return leaf

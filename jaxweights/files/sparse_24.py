@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from jaxweights.core.axes import Reading
 from jaxweights.files.codec import Codec, Config, check_part_shape, columns, layer_of, part
+from jaxweights.files.mapping import on_device
 from jaxweights.techniques.sparsification.storage.packed import PackedArray
 
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -23,7 +23,7 @@ def _reads(parts: Mapping[str, np.ndarray], config: Config) -> bool:
 def _read(what: str, parts: Mapping[str, np.ndarray], config: Config) -> PackedArray:
     """Values (N, K/2), bits (N, K/8) with the first input lowest, and the shape (N, K) as a column."""
     values = part(what, parts, ".compressed", _DTYPES, 2)
-    shape = part(what, parts, ".shape", ["i4", "i8"], 2).reshape(-1).tolist()
+    shape = part(what, parts, ".shape", ["i4", "i8"], 2).reshape(-1)[:3].tolist()  # of more, 3 tell
     if len(shape) != 2 or min(shape) < 1 or shape[1] % 4 or values.shape != (shape[0], shape[1] // 2):
         raise ValueError(f"{what}: '.compressed' {values.shape} is not half of a weight of shape {shape}")
     n, rows = shape
@@ -35,7 +35,7 @@ def _read(what: str, parts: Mapping[str, np.ndarray], config: Config) -> PackedA
     positions = np.nonzero(kept)[2].astype(np.uint8).reshape(n, rows // 2)
     positions = np.pad(positions, [(0, 0), (0, -positions.shape[1] % 4)]).reshape(n, -1, 4)
     codes = np.bitwise_or.reduce(positions << np.array([0, 2, 4, 6], np.uint8), -1)
-    return PackedArray(jnp.array(columns(values)), jnp.array(columns(codes)), 2, 4, layer_of((n, rows)))
+    return PackedArray(on_device(columns(values)), on_device(columns(codes)), 2, 4, layer_of((n, rows)))
 
 
 def _write(what: str, p: PackedArray) -> dict[str, np.ndarray]:

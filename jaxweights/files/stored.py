@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,26 @@ import numpy as np
 
 from jaxweights.core.axes import Axes
 from jaxweights.core.layer import Layer
+from jaxweights.core.packing import n_words
+from jaxweights.files.bits import from_words
+from jaxweights.files.mapping import on_device
 from jaxweights.techniques.quantization.array import QuantizedArray
 from jaxweights.techniques.quantization.formats import Format
 from jaxweights.techniques.quantization.grids import Floats, Integers, Levels
-from jaxweights.techniques.quantization.packing import n_words
 from jaxweights.techniques.quantization.scales import ScaleFormat, Scales
 from jaxweights.techniques.sparsification.storage.blocks import BlockSparseArray
 from jaxweights.techniques.sparsification.storage.packed import PackedArray, check_packing
+from jaxweights.techniques.weight_sharing.clustered import MOST_VALUES, ClusteredArray
 
-Stored = QuantizedArray | PackedArray | BlockSparseArray
+Stored = QuantizedArray | PackedArray | BlockSparseArray | ClusteredArray
+PARTS = frozenset(field.name for kind in get_args(Stored) for field in dataclasses.fields(kind))
+"""What the names of the tensors of a stored weight start with, after its own name."""
 _GRIDS = {"integers": Integers, "levels": Levels, "floats": Floats}
 
 
 def is_describable(leaf: Any) -> bool:
     """Whether a leaf is a stored weight that can be saved."""
-    return isinstance(leaf, QuantizedArray | PackedArray | BlockSparseArray)
+    return isinstance(leaf, Stored)
 
 
 def tensors_of(stored: Stored) -> dict[str, Any]:
@@ -44,6 +49,8 @@ def describe(stored: Stored) -> dict[str, Any]:
     described: dict[str, Any] = {"type": type(stored).__name__, "layer": _layer_to_json(stored.layer)}
     if isinstance(stored, PackedArray):
         described |= {"n": stored.n, "m": stored.m}
+    if isinstance(stored, ClusteredArray):
+        described |= {"has_zeros": stored.has_zeros}
     if isinstance(stored, QuantizedArray):
         described |= {"format": _format_to_json(stored.format), "dtype": str(jnp.dtype(stored.dtype))}
         for name in ("scale", "minimum"):
@@ -71,6 +78,11 @@ def from_tensors(what: str, described: Any, take: Callable[[str], np.ndarray | N
             stored: Stored = PackedArray(array("values"), array("codes", np.uint8), n, m, layer)
         elif kind == "BlockSparseArray":
             stored = BlockSparseArray(array("blocks"), array("rows", np.int32), array("columns", np.int32), layer)
+        elif kind == "ClusteredArray":
+            has_zeros = described["has_zeros"]
+            if not isinstance(has_zeros, bool):
+                raise ValueError(f"has_zeros is {str(has_zeros)[:200]!r}, neither true nor false")
+            stored = ClusteredArray(array("words", np.int32), array("codebook"), has_zeros, layer)
         elif kind == "QuantizedArray":
 
             def scales(name: str) -> Scales:
@@ -96,7 +108,7 @@ def from_tensors(what: str, described: Any, take: Callable[[str], np.ndarray | N
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as e:
         prefix = "" if str(e).startswith(what) else f"{what} is not described as it should be: "
         raise ValueError(f"{prefix}{_reason(e)}") from e
-    return jax.tree.map(jnp.array, stored)
+    return jax.tree.map(on_device, stored)
 
 
 def _check(stored: Stored) -> None:
@@ -120,6 +132,11 @@ def _check(stored: Stored) -> None:
             np.sort(stored.order, -1), np.broadcast_to(expected, stored.order.shape)
         ):
             raise ValueError("'order' is no permutation of the rows")
+    if isinstance(stored, ClusteredArray) and stored.n_values < 2**stored.bits:
+        for words in stored.words.reshape(-1, *stored.words.shape[-2:]):
+            highest = from_words(words, stored.bits, rows_columns[-2]).max(initial=0)
+            if highest >= stored.n_values:
+                raise ValueError(f"'words' has the code {highest}, of {stored.n_values} values")
 
 
 def _shapes(stored: Stored, matrix: tuple[int, ...]) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
@@ -136,6 +153,11 @@ def _shapes(stored: Stored, matrix: tuple[int, ...]) -> Iterator[tuple[str, list
         yield "blocks", [*lead, (n,), (stored.blocks.shape[-2],), (stored.blocks.shape[-1],)]
         yield "rows", [*lead, (n,)]
         yield "columns", [*lead, (n,)]
+    elif isinstance(stored, ClusteredArray):
+        if not 0 < stored.n_values <= MOST_VALUES or not stored.codebook.shape[-2]:
+            raise ValueError(f"'codebook' has shape {stored.codebook.shape}, a weight has 1 to {MOST_VALUES} values")
+        yield "codebook", [*lead, (stored.codebook.shape[-2],), (columns, 1)]
+        yield "words", [*lead, (n_words(rows, stored.bits),), (columns,)]
     else:
         format = stored.format
         n_blocks, _ = format.blocks(rows)

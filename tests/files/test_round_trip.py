@@ -38,6 +38,9 @@ def stored_weights():
     all_fields = dataclasses.replace(jw.quantize(W, halves(4, 16)), order=order, minimum=minimum)
     weights["fields"] = dataclasses.replace(all_fields, input_scale=jnp.arange(64.0), dtype=jnp.dtype("bfloat16"))
     weights["packed"] = jw.sparse.pack(W * (jnp.arange(64) % 4 < 2)[:, None])
+    index = jnp.arange(3 * 64 * 8).reshape(3, 64, 8) % 6
+    weights["clusters"] = jw.store_clusters(jnp.arange(6.0), index, axes=jw.Axes(batch=0))
+    weights["clusters and zeros"] = jw.store_clusters(normal(8, 6), index[0] - 1)
     weights["blocks"] = jw.sparse.pack_blocks(W * (jnp.arange(64) < 8)[:, None], block=(8, 8))
     return weights
 
