@@ -2,7 +2,8 @@
 
 import os
 import tempfile
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -63,12 +64,35 @@ def pytest_sessionfinish(session):
         link(CACHE.parent.glob("[gm]*/*"), CACHE.parent / "all")
 
 
-LONG = ("test_examples.py", "test_arrays.py", "test_checkpoints.py", "test_benchmarks.py")
+LONG = (
+    *("test_benchmarks", "test_examples", "test_modes", "test_arrays", "test_fuzz", "test_levels", "test_checkpoints"),
+    *("test_norm_modules", "test_averages", "test_meshes", "test_quantization_methods", "test_clustering"),
+    *("test_standardize", "test_selection"),
+)
+"""The slowest files, the slowest first."""
 
 
-def pytest_collection_modifyitems(items):
-    """Runs the slowest files first, so that no worker starts one last."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+def pytest_addoption(parser):
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of each parametrized test, run one case in N")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Runs the slowest files first, so that no worker starts one last. Of those selected, leaves some to `--one-in`."""
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = {item for test, found in cases.items() for item in one_in(config.getoption("--one-in"), test, found)}
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def one_in(n, test, cases):
+    """One of every `n` cases of a test, at least one. Tests of the same table keep different cases."""
+    return cases[zlib.crc32(test.encode()) % min(n, len(cases)) :: n]
 
 
 def pytest_terminal_summary(terminalreporter):

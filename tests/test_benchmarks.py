@@ -74,6 +74,23 @@ def test_products_with_low_bit_weights(tmp_path):
 
 
 @pytest.mark.slow
+def test_deep_compression(tmp_path):
+    pytest.importorskip("constriction", reason="needs the package constriction")
+    (run,) = quick("deep_compression", tmp_path)[0]["results"]
+    assert run["same"] and run["ratio"] > 35  # the sizes follow from the sparsities, however short the training
+    assert set(run["stages"]) == {"dense", "pruned", "shared", "retrained", "coded"}
+
+
+@pytest.mark.slow
+def test_clustering(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is one of the peers that are measured")
+    report, out = quick("clustering", tmp_path)
+    for result in report["results"]:
+        assert result["error"] > 0.999 and result["method"] in out  # none is better than the optimum
+        assert result["ratio"]["median"] > 0
+
+
+@pytest.mark.slow
 def test_selection(tmp_path):
     results = quick("selection", tmp_path)[0]["results"]
     assert {(r["dtype"], r["other"]) for r in results} >= {("float32", "argsort"), ("bfloat16", "top_k")}
@@ -108,15 +125,26 @@ def test_training_in_bfloat16(tmp_path):
 
 
 @pytest.mark.slow
-def test_quantization(tmp_path, monkeypatch):
+def test_quantization(tmp_path, monkeypatch, capsys):
+    """One format, by every method but a range of its own, which GPTQ has, too."""
     monkeypatch.syspath_prepend(RUN.parents[1] / "examples")
+    monkeypatch.syspath_prepend(RUN.parent)
     import minilm_model
 
     if lacking := minilm_model.missing():
         pytest.skip(f"MiniLM needs packages that are not installed: {'; '.join(lacking)}")
-    report, out = quick("quantization", tmp_path, *(f"--only={part}" for part in ("minilm", "layers", "times")))
+    import quantization
+    import quantized_models
+
+    monkeypatch.setattr(quantized_models, "QUICK", ("4 bits, zero points",))
+    monkeypatch.delitem(quantized_models.METHODS, "MSE range")
+    parts = [f"--only={part}" for part in ("minilm", "layers", "times")]
+    quantization.main(["--quick", "--out", str(tmp_path), *parts])
+    out, report = capsys.readouterr().out, json.loads((tmp_path / "quantization-quick.json").read_text())
+    assert (tmp_path / "quantization-quick.png").read_bytes().startswith(b"\x89PNG")
     found = {(r["format"], r["method"]): r for r in report["minilm"]}
     dense = found.pop(("float32", ""))
+    assert {method for _, method in found} == {"round to nearest", "HQQ", "AWQ", "GPTQ"}
     for (name, method), r in found.items():
         nearest = found[name, "round to nearest"]
         assert method in ("round to nearest", "HQQ") or nearest["cosine"] < r["cosine"] < 1, (name, method)
@@ -140,11 +168,16 @@ def test_tracing(tmp_path):
 
 
 @pytest.mark.slow
-def test_startup(tmp_path):
-    script = RUN.with_name("startup.py")
-    subprocess.run([sys.executable, script, "--quick", "--out", tmp_path, "--before", RUN.parents[1]], check=True)
+def test_startup(tmp_path, monkeypatch):
+    """The first case, compiled, and the last, eager."""
+    monkeypatch.syspath_prepend(RUN.parent)
+    import startup
+
+    monkeypatch.setattr(startup, "CASES", (startup.CASES[0], startup.CASES[-1]))
+    monkeypatch.setattr(sys, "argv", ["", "--quick", "--out", str(tmp_path), "--before", str(RUN.parents[1])])
+    startup.main()
     report = json.loads((tmp_path / "startup-quick.json").read_text())
-    assert set(report["results"]) == {"now", "before"} and len(report["results"]["now"]) == 6
+    assert set(report["results"]) == {"now", "before"} and len(report["results"]["now"]) == 2
     assert all(r["seconds"] > 0 and r["cpu_seconds"] > 0 for r in report["results"]["now"].values())
 
 
@@ -214,3 +247,17 @@ def test_a_part_has_a_process_of_its_own(readme, monkeypatch, capfd):
     monkeypatch.setattr(readme, "example", int)  # what the new process calls: it raises for a name, not for a number
     assert readme.succeeds("3") and not readme.succeeds("three")
     assert "invalid literal for int" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_command_memory(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(RUN.parent))
+    import command_memory
+
+    commands = dict(list(command_memory.COMMANDS.items())[:2])
+    monkeypatch.setattr(command_memory, "COMMANDS", commands)
+    monkeypatch.setattr(sys, "argv", ["command_memory.py", "--quick", "--out", str(tmp_path)])
+    command_memory.main()
+    report = json.loads((tmp_path / "command_memory-quick.json").read_text())
+    assert set(report["results"]) == set(commands)
+    assert all(min(r["least"], r["peak"]) > 10**8 for r in report["results"].values())

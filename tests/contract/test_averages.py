@@ -1,5 +1,7 @@
 """Averages of two states: the transform keeps its promise on the averaged weights, or refuses them with the remedy."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,18 @@ from flax import nnx
 
 import jaxweights as jw
 
-STATES = {case.name: jax.eval_shape(case.transform().init, weight(case), KEY) for case in TRANSFORMS}
-STATEFUL = [case for case in TRANSFORMS if STATES[case.name]]
-ALL_FLOATING = [
-    case for case in STATEFUL if all(jnp.issubdtype(a.dtype, jnp.floating) for a in STATES[case.name].values())
-]
-WITH_INTEGERS = [case for case in STATEFUL if case not in ALL_FLOATING]
+
+@functools.cache
+def stateful(floating):
+    """The cases whose states hold floating-point numbers alone, or integers, too."""
+    found = []
+    for case in TRANSFORMS:
+        state = jax.eval_shape(case.transform().init, weight(case), KEY)
+        if state and all(jnp.issubdtype(a.dtype, jnp.floating) for a in state.values()) == floating:
+            found.append(case)
+    return found
+
+
 mean = lambda a, b: jax.tree.map(lambda a, b: 0.9 * a.astype(jnp.float32) + 0.1 * b.astype(jnp.float32), a, b)
 floating = lambda a, b: jax.tree.map(lambda a, b: mean(a, b) if jnp.issubdtype(b.dtype, jnp.floating) else b, a, b)
 
@@ -69,17 +77,26 @@ def zeros_of(mask, shape):
     return ~np.asarray(jw.sparse.unpack_mask(mask, shape))
 
 
-def test_the_mean_of_floating_states_keeps_the_promise():
+kinds_or_all = pytest.mark.parametrize(
+    "kinds", [pytest.param(True, id="kinds"), pytest.param(False, id="all", marks=pytest.mark.slow)]
+)
+"""In one program: one case of each kind, and in a slow test all."""
+
+
+@kinds_or_all
+def test_the_mean_of_floating_states_keeps_the_promise(kinds):
+    cases = [case for case in stateful(floating=True) if case.kind or not kinds]
+
     @jax.jit
     def run():
-        t, (w1, w2, s1, s2) = lifted(ALL_FLOATING), two_steps(ALL_FLOATING)
+        t, (w1, w2, s1, s2) = lifted(cases), two_steps(cases)
         w = mean(w1, w2)
         state = t.update(w, mean(s1, s2))
         return t.apply(w, state), state, w
 
     new, state, average = run()
-    assert {"spectral_norm/kernel", "conv_spectral_norm/kernel", "weight_norm/kernel"} <= new.keys()
-    for case in ALL_FLOATING:
+    assert {"spectral_norm/kernel", "weight_norm/kernel"} <= new.keys()
+    for case in cases:
         w = np.asarray(new[path(case)])
         if case.name in MATRICES:
             np.testing.assert_allclose(largest(MATRICES[case.name](w)), 1, rtol=1e-3, err_msg=case.name)
@@ -102,27 +119,29 @@ def test_the_mean_of_floating_states_keeps_the_promise():
             pytest.fail(f"write down what {case.name} promises")
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in WITH_INTEGERS])
-def test_a_mean_of_integers_is_refused_with_the_remedy(case):
-    t, w = lifted([case]), {path(case): jax.ShapeDtypeStruct(case.shape, jnp.float32)}
-    state = jax.eval_shape(lambda w: mean(*2 * [t.init(w, KEY)]), w)
-    for verb in (t.update, t.apply):
-        with pytest.raises(TypeError, match=rf"(?s) at '{path(case)}'.*averaged or cast.*from the last step"):
-            jax.eval_shape(verb, w, state)
+def test_a_mean_of_integers_is_refused_with_the_remedy():
+    for case in stateful(floating=False):
+        t, w = lifted([case]), {path(case): jax.ShapeDtypeStruct(case.shape, jnp.float32)}
+        state = jax.eval_shape(lambda w, t=t: mean(*2 * [t.init(w, KEY)]), w)
+        for verb in (t.update, t.apply):
+            with pytest.raises(TypeError, match=rf"(?s) at '{path(case)}'.*averaged or cast.*from the last step"):
+                jax.eval_shape(verb, w, state)
 
 
-def test_the_remedy_keeps_the_promise():
+@kinds_or_all
+def test_the_remedy_keeps_the_promise(kinds):
     """The mean of the floating entries, and all others of the last step."""
+    cases = [case for case in stateful(floating=False) if case.kind or not kinds]
 
     @jax.jit
     def run():
-        t, (w1, w2, s1, s2) = lifted(WITH_INTEGERS), two_steps(WITH_INTEGERS)
+        t, (w1, w2, s1, s2) = lifted(cases), two_steps(cases)
         w = mean(w1, w2)
         state = t.update(w, floating(s1, s2))
         return t.apply(w, state), t.apply(w, t.update(w, s2)), state, s2
 
     new, expected, state, last = run()
-    for case in WITH_INTEGERS:
+    for case in cases:
         w, name = np.asarray(new[path(case)]), case.name
         if name in MATRICES:
             assert largest(MATRICES[name](w)).max() <= 0.125 * (1 + 1e-3)  # the schedule of the third update

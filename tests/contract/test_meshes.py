@@ -28,6 +28,10 @@ REMADE = {"prune schedule", "prune global", "regrow"}
 def test_on_a_mesh_no_weight_is_gathered(case, kind):
     if case.name == "spectral_normalize exact":
         pytest.skip("an exact SVD needs the whole matrix on one device: SpectralNorm is the sharded one")
+    if case.name == "cluster":
+        pytest.skip("up to 16,384 entries are sorted, on one device: test_clustering.py has a large weight")
+    if case.name == "cluster per unit":
+        pytest.skip("the entries of each unit are sorted, and the partitioner gathers the weight for that")
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType[kind],) * 2)
     w = weight(case)
     placed = jax.device_put(w, sharding(mesh, case.shape))

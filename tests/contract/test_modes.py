@@ -29,25 +29,25 @@ def raising():
 
 
 @contextlib.contextmanager
-def tracing_otherwise():
-    """What changes how a program is traced, but not what an example prints, at once."""
-    with jax.checking_leaks(), jax.default_matmul_precision("bfloat16"), jax.default_prng_impl("rbg"):
+def strict_without_jit():
+    """Strict promotion, and no program: what is only right in a compiled one fails."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.disable_jit():
+        yield
+
+
+@contextlib.contextmanager
+def otherwise():
+    """64 bits, keys of another kind, and products of less precision, at once."""
+    with enable_x64(), jax.default_prng_impl("rbg"), jax.default_matmul_precision("bfloat16"):
         yield
 
 
 MODES = {
-    "raising": raising,
     "disable_jit": jax.disable_jit,
-    "checking_leaks": jax.checking_leaks,
     "x64": enable_x64,
     "bfloat16 products": lambda: jax.default_matmul_precision("bfloat16"),
-    "tracing otherwise": tracing_otherwise,
 }
-
-TRACED = ["checking_leaks", "x64", "bfloat16 products"]
-"""Modes that change how a program is traced, but not its values."""
-
-EXAMPLE_MODES = ["raising", "disable_jit", "x64", "tracing otherwise"]
+"""Modes that do not change the values of a weight in float32."""
 
 OWN_PROMOTION = (
     "bias_correction.correct_biases",
@@ -63,12 +63,6 @@ OWN_PROMOTION = (
     "nnx.transformed.transformed",
 )
 """Their examples have models that promote ranks themselves, as `x @ w + b` does, or optax promote dtypes."""
-
-
-def over(modes, slow=()):
-    return pytest.mark.parametrize(
-        "mode", [pytest.param(m, marks=[pytest.mark.slow] if m in slow else []) for m in modes]
-    )
 
 
 one_of_each_kind = pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES if c.kind])
@@ -87,7 +81,9 @@ def examples():
 
 
 @one_of_each_kind
-@over(["disable_jit", *TRACED], slow=TRACED)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=[] if mode == "disable_jit" else [pytest.mark.slow]) for mode in MODES]
+)
 def test_values_and_gradients_are_the_same(case, mode):
     w = weight(case)
     expected = value_and_gradient(case, w)
@@ -100,10 +96,18 @@ def test_values_and_gradients_are_the_same(case, mode):
 
 @each_kind
 def test_nothing_is_promoted_or_left_undefined(case):
-    """Eagerly, so that JAX sees each intermediate value."""
+    """Eagerly, so that JAX sees each intermediate value. They are those of a program."""
     with raising():
         new, gradient = value_and_gradient(case, weight(case))
     assert np.isfinite(new).all() and np.isfinite(gradient).all()
+    close(jax.jit(case.call)(weight(case)), new, 1e-5)
+
+
+@pytest.mark.slow
+@one_of_each_kind
+def test_no_tracer_leaks(case):
+    with jax.checking_leaks():
+        jax.eval_shape(lambda w: value_and_gradient(case, w), jax.ShapeDtypeStruct(case.shape, jnp.float32))
 
 
 @one_of_each_kind
@@ -114,23 +118,33 @@ def test_keys_may_be_of_any_kind(case):
         assert got.shape == w.shape and got.dtype == w.dtype and np.isfinite(got).all()
 
 
-@over(EXAMPLE_MODES, slow=set(EXAMPLE_MODES) - {"raising"})
-@pytest.mark.parametrize("example", examples())
-def test_examples_give_what_they_say(example, mode):
-    if mode == "raising" and example.name.endswith(OWN_PROMOTION):
-        pytest.skip("the model or the optimizer of this example promotes by itself")
-    # 64-bit floats print other dtypes and sizes.
-    check = doctest.OutputChecker() if mode != "x64" else AnyOutput()
-    runner = doctest.DebugRunner(checker=check, verbose=False)
-    fresh = doctest.DocTest(
-        example.examples, dict(example.globs), example.name, example.filename, example.lineno, example.docstring
+def run(example, checker):
+    runner = doctest.DebugRunner(checker=checker, verbose=False)
+    runner.run(
+        doctest.DocTest(
+            example.examples, dict(example.globs), example.name, example.filename, example.lineno, example.docstring
+        )
     )
-    with MODES[mode]():
-        runner.run(fresh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", examples())
+def test_examples_give_what_they_say_without_jit(example):
+    """And where nothing may be promoted, unless the example does so itself."""
+    with jax.disable_jit() if example.name.endswith(OWN_PROMOTION) else strict_without_jit():
+        run(example, doctest.OutputChecker())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", examples()[::3])
+def test_examples_run_in_other_modes(example):
+    """A third of them: few meet what these modes change."""
+    with otherwise():
+        run(example, AnyOutput())
 
 
 class AnyOutput(doctest.OutputChecker):
-    """Accepts every output: only errors fail."""
+    """Accepts every output: 64-bit floats print other dtypes and sizes. Only errors fail."""
 
     def check_output(self, want, got, optionflags):
         return True

@@ -40,6 +40,7 @@ STORES = {
     "int8": lambda w: jw.quantize(w, 8),
     "int3 with zeros": lambda w: jw.quantize(w, jw.formats.integers(3, block=64, symmetric=False)),
     "nvfp4": lambda w: jw.quantize(w, "nvfp4"),
+    "5 clusters": lambda w: jw.store_clusters(w[0, :5], jnp.zeros(w.shape, jnp.int8), has_zeros=True),
     "pack": jw.sparse.pack,
     "pack_blocks": lambda w: jw.sparse.pack_blocks(w, n_blocks=3),
     "to_bcoo": lambda w: jw.sparse.to_bcoo(w, nse=99),
@@ -58,24 +59,30 @@ def test_stored_weights_and_products_with_them_compile_for_a_tpu(store, tpu):
         jax.jit(jax.value_and_grad(loss)).lower(x, stored).compile()
 
 
+def clusters(w):
+    return jw.store_clusters(w[0, :64], jnp.zeros(w.shape, jnp.int8), has_zeros=False)
+
+
 integers = jw.formats.integers
-LARGE = {  # the format, the shape, numbers of rows of x
+LARGE = {  # the format, or what stores the weight, the shape, numbers of rows of x
     "int8": (8, (8192, 28672), (1, 16)),
     "int4": (integers(4, block=128), (8192, 28672), (1, 16)),
     "int4 with zeros": (integers(4, block=128, symmetric=False), (8192, 28672), (16,)),
     "nf4": ("nf4", (8192, 28672), (16,)),
     "int3, in a loop": (integers(3, block=128), (8192, 28672), (16,)),
     "int4, in a loop": (integers(4, block=128), (28672, 8192), (16,)),
+    "64 clusters, in a loop": (clusters, (8192, 28672), (1, 16)),
 }
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_products_with_large_quantized_weights_read_them_once_on_a_tpu(name, tpu):
+def test_products_with_large_stored_weights_read_them_once_on_a_tpu(name, tpu):
     """Without an array of the size of the weight. The benchmark has all formats."""
     format, shape, ns = LARGE[name]
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(tpu[0]))
     w = jax.ShapeDtypeStruct(shape, jnp.float32)
-    q = jax.tree.map(place, jax.eval_shape(lambda w: jw.quantize(w, format), w))
+    store = format if callable(format) else lambda w: jw.quantize(w, format)
+    q = jax.tree.map(place, jax.eval_shape(store, w))
     for n in ns:
         x = place(jax.ShapeDtypeStruct((n, shape[0]), jnp.float32))
         compiled = jax.jit(jw.matmul).lower(x, q).compile()
