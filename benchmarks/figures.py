@@ -29,7 +29,10 @@ FILES = {
             "low_bit",
         )
     },
-    **{name: EXAMPLES / f"{name}.json" for name in ("minilm", "sparse_training", "gan_digits", "gan_fashion_mnist")},
+    **{
+        name: EXAMPLES / f"{name}.json"
+        for name in ("minilm", "compress_minilm", "sparse_training", "gan_digits", "gan_fashion_mnist")
+    },
 }
 """The results that the README quotes."""
 REGION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.S)
@@ -78,6 +81,14 @@ def minilm() -> str:
     results = read("minilm")["results"]
     columns = [column(p, [cosines[p] for cosines in results.values()], ".3f", max) for p in results["magnitude"]]
     return table([["zeros", *(method.replace(" + repair", ", repaired") for method in results)], *columns])
+
+
+def compressed_minilm() -> str:
+    results = read("compress_minilm")["results"]
+    dense = results["float32"]["bytes"]
+    size = lambda n: [f"{n / 1e6:.1f}", f"{dense / n:.1f}"]
+    rows = [[name, *size(r["bytes"]), f"{r['cosine']:.4f}"] for name, r in results.items()]
+    return table([list(c) for c in zip(["recipe", "file, MB", "times smaller", "cosine"], *rows, strict=True)])
 
 
 def sparse_training() -> str:
@@ -275,6 +286,6 @@ REGIONS = {
     f.__name__: f
     for f in (
         *(versions, minilm, sparse_training, gan, stochastic_rounding, accuracy, speed, clients),
-        *(quantized_minilm, quantized_mobilenet, quantized_layers, low_bit),
+        *(compressed_minilm, quantized_minilm, quantized_mobilenet, quantized_layers, low_bit),
     )
 }

@@ -57,6 +57,7 @@ BENCHMARKS = {
 EXAMPLES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # and what of the results of `main` is kept
     "ten_techniques": ("examples/ten_techniques.py", of_runs),
     "minilm": ("examples/minilm.py", lambda cosines: cosines),
+    "compress_minilm": ("examples/compress_minilm.py", lambda results: results),
     "sparse_training": ("examples/sparse_training.py", of_methods),
     "gan_digits": ("examples/gan.py", of_critics),
     "gan_fashion_mnist": ("examples/gan.py --data fashion-mnist", of_critics),
