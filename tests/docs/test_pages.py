@@ -13,6 +13,8 @@ PAGES = sorted(
     for page in DOCS.glob("**/*.md")
     if not {"_build", "reference"} & set(page.relative_to(DOCS).parts) and "```python" in page.read_text()
 )
+FIRST = {Path("index.md"), Path("levels.md")}
+"""What a newcomer reads first. The other pages are slow tests."""
 SHORTER = {"steps=500": "steps=2"}
 """What would take long, and does not matter to whether the code runs."""
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
@@ -37,7 +39,9 @@ def run(page: Path) -> dict:
     return namespace
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=str(page), marks=[pytest.mark.slow] if page not in FIRST else []) for page in PAGES]
+)
 def test_the_code_of_every_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():

@@ -185,9 +185,11 @@ def test_cluster_of_nan(bad):
 
 
 def test_cluster_keeps_empty_clusters():
-    codebook, index = jw.cluster(jnp.array([0.0, 0.0, 9.0]), 4)
+    w = jnp.array([0.0, 0.0, 9.0])
+    codebook, index = jw.cluster(w, 4, start="linear")
     np.testing.assert_allclose(codebook, [0, 3, 6, 9], rtol=1e-6)
     np.testing.assert_array_equal(index, [0, 0, 3])
+    np.testing.assert_array_equal(jw.share(*jw.cluster(w, 4)), w)
 
 
 @pytest.mark.parametrize(
