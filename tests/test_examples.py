@@ -39,6 +39,7 @@ def test_tree_level(capsys):
     assert "where='**/weight' selects no weight" in out
 
 
+@pytest.mark.slow
 def test_tied_embedding(capsys):
     variables, _ = run("tied_embedding.py", capsys)
     weights, optimizer, saved, losses = zip(*variables["results"].values(), strict=True)
@@ -49,6 +50,7 @@ def test_tied_embedding(capsys):
     assert max(losses) < 3
 
 
+@pytest.mark.slow
 def test_equivariant_digits(capsys):
     variables, _ = run("equivariant_digits.py", capsys)
     labels, accuracy = variables["test_y"], {}

@@ -180,7 +180,10 @@ def test_other_tools_read_the_weights(model, tmp_path):
     torch, ct = oracle("torch"), oracle("compressed_tensors.quantization")
     compressor = oracle("compressed_tensors.compressors.pack_quantized.base").PackedQuantizationCompressor
     load_file = oracle("safetensors.torch").load_file
-    tensors, scheme = load_file(out), ct.QuantizationScheme(["Linear"], weights=ct.QuantizationArgs(**group["weights"]))
+    tensors, scheme = (
+        load_file(out),
+        ct.QuantizationScheme(targets=["Linear"], weights=ct.QuantizationArgs(**group["weights"])),
+    )
     for name, q in expected.items():
         parts = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.startswith(f"layers.{name}.weight_")}
         got = compressor.decompress(parts, scheme)["weight"].to(torch.float32).numpy()

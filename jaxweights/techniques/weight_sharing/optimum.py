@@ -25,6 +25,8 @@ def optimal_start(cells: Cells, n: int) -> jax.Array:
     share = shares(size)
     value = jnp.pad(cells.value, pad, mode="edge")
     middle = jnp.sum(share * value)
+    if n == 1:
+        return middle[None]
     spread = jnp.maximum(jnp.max(jnp.abs(value - middle)), jnp.finfo(value.dtype).tiny)
     x = (value - middle) / spread
     sums = jnp.concatenate([_running_sums(share * x**p) for p in range(3)])
