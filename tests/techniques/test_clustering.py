@@ -54,6 +54,7 @@ def test_the_optimum_of_few_values_finds_them():
     np.testing.assert_array_equal(jw.share(codebook, index), w)
 
 
+@pytest.mark.slow
 def test_the_optimum_is_that_of_kmeans1d():
     kmeans1d = pytest.importorskip("kmeans1d", reason="kmeans1d is an oracle: pip install kmeans1d")
     w = np.random.default_rng(0).standard_normal(16_384).astype(np.float32)
@@ -142,6 +143,7 @@ def test_density_starts_from_quantiles():
     assert density != linear
 
 
+@pytest.mark.slow
 def test_a_large_weight_keeps_the_bound_of_its_histogram():
     w = np.random.default_rng(0).standard_normal((300, 200), np.float32)
     error = inertia(w, *cluster(w, 16, start="optimal"))
