@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import jaxweights as jw
@@ -58,3 +59,37 @@ def floats_of_size(f, size, *args):
     """The floating-point arrays of at least this size that f(*args) computes."""
     found = arrays_in(jax.make_jaxpr(f)(*args).jaxpr)
     return [a for a in found if jnp.issubdtype(a.dtype, jnp.floating) and math.prod(a.shape) >= size]
+
+
+def slow_unless(quick, *values):
+    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
+
+
+READINGS = {
+    "dense": ((24, 6), None),
+    "output first": ((6, 24), jw.Axes(input=1, output=0)),
+    "stack behind": ((24, 6, 2), jw.Axes(input=0, output=1, batch=2)),
+    "heads": ((24, 2, 3), jw.axes.ATTENTION_IN),
+    "out-projection of heads": ((2, 12, 6), jw.axes.ATTENTION_OUT),
+    "depthwise stack": ((2, 3, 3, 4, 6), jw.axes.depthwise(3).stacked()),
+}
+"""{name: (shape, axes)} of weights with 24 inputs."""
+
+
+def clusters(shape, k, *, units=(), zeros=False, seed=0):
+    """(codebook, index) with every value in use, and zeros if they are asked for."""
+    rng = np.random.default_rng(seed)
+    index = rng.permutation(np.arange(np.prod(shape)) % (k + zeros)).reshape(shape) - zeros
+    return rng.normal(size=(*units, k)).astype(np.float32), index
+
+
+def dense_of(codebook, index, unit=0):
+    """The weight in NumPy; `unit` numbers the codebook of each entry."""
+    books = codebook.reshape(-1, codebook.shape[-1])
+    return np.where(index < 0, 0, books[np.broadcast_to(unit, index.shape), index])
+
+
+def error(y, x, dense):
+    """The largest error of x @ w in units of |x| @ |w|: a float32 sum of K products errs by K·2^-24 at most."""
+    x, dense = np.asarray(x, np.float64), np.asarray(dense, np.float64)
+    return np.max(np.abs(np.asarray(y, np.float64) - x @ dense) / (np.abs(x) @ np.abs(dense) + 1e-30), initial=0)

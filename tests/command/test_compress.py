@@ -2,58 +2,25 @@
 
 import functools
 import json
-import os
-import random
 import re
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command.models import compress, torch_like
 from files.oracles import bits_of, oracle
 
 import jaxweights as jw
 from jaxweights import files
-from jaxweights.command import job
 from jaxweights.command.main import main
 from jaxweights.recipes import Recipe
 
 OUT_IN = jw.Axes(input=-1, output=-2)
 
 
-def torch_like(seed=0, dtype=np.float32):
-    """A model as PyTorch names it: matrices (out, in), norms, biases, an embedding, integers."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return rng.normal(size=shape).astype(dtype)
-
-    layers = {
-        str(i): {
-            "up": {"weight": normal(96, 64), "bias": normal(96)},
-            "down": {"weight": normal(64, 96), "bias": normal(64)},
-            "norm": {"weight": normal(64)},
-        }
-        for i in range(2)
-    }
-    return {"embed_tokens": {"weight": normal(40, 64)}, "layers": layers, "ids": np.arange(12).reshape(1, 12)}
-
-
-@pytest.fixture
-def model(tmp_path):
-    files.save(tmp_path / "model.safetensors", torch_like(), metadata={"format": "pt"})
-    return tmp_path / "model.safetensors"
-
-
 def kernels(tree):
     return {f"{i}.{name}": layer[name]["weight"] for i, layer in tree["layers"].items() for name in ("up", "down")}
-
-
-def run(*arguments):
-    return main(["compress", *map(str, arguments)])
 
 
 def assert_kept(loaded, tree):
@@ -98,7 +65,7 @@ scale = "float16"
 to = "jaxweights"
 """
     (tmp_path / "recipe.toml").write_text(text)
-    assert run(model, "-o", out, "--recipe", tmp_path / "recipe.toml") == 0
+    assert compress(model, "-o", out, "--recipe", tmp_path / "recipe.toml") == 0
     loaded = files.load(out)
     assert_kept(loaded, tree)
 
@@ -135,7 +102,7 @@ to = "jaxweights"
     assert "6 tensors" in said and "a vector" in said and "int64" in said
 
     # The recipe of a result does the same again, and the spool is gone.
-    assert run(model, "-o", tmp_path / "again.safetensors", "--recipe", out) == 0
+    assert compress(model, "-o", tmp_path / "again.safetensors", "--recipe", out) == 0
     assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
     assert {p.name for p in tmp_path.iterdir()} == {
         "model.safetensors",
@@ -147,7 +114,7 @@ to = "jaxweights"
 
 def test_integers(model, tmp_path):
     tree, out = torch_like(), tmp_path / "small.safetensors"
-    assert run(model, "-o", out, "--bits", 4, "--block", 32) == 0
+    assert compress(model, "-o", out, "--bits", 4, "--block", 32) == 0
     loaded = files.load(out)
     assert_kept(loaded, tree)
     assert bits_of(loaded["embed_tokens"]["weight"]) == bits_of(tree["embed_tokens"]["weight"])
@@ -161,7 +128,7 @@ def test_integers(model, tmp_path):
 
 def test_nf4_of_some(model, tmp_path):
     out = tmp_path / "small.safetensors"
-    assert run(model, "-o", out, "--format", "nf4", "--where", "*up*") == 0
+    assert compress(model, "-o", out, "--format", "nf4", "--where", "*up*") == 0
     loaded, expected = kernels(files.load(out)), by_hand(torch_like(), "nf4")
     for name, w in kernels(torch_like()).items():
         if name.endswith("up"):
@@ -174,7 +141,7 @@ def test_nf4_of_some(model, tmp_path):
 def test_other_tools_read_the_weights(model, tmp_path):
     """The packages take long to import."""
     out = tmp_path / "small.safetensors"
-    assert run(model, "-o", out, "--bits", 4, "--block", 32) == 0
+    assert compress(model, "-o", out, "--bits", 4, "--block", 32) == 0
     (group,) = json.loads(files.metadata(out)["quantization_config"])["config_groups"].values()
     expected = by_hand(torch_like(), jw.formats.integers(4, block=32))
     torch, ct = oracle("torch"), oracle("compressed_tensors.quantization")
@@ -189,7 +156,7 @@ def test_other_tools_read_the_weights(model, tmp_path):
         got = compressor.decompress(parts, scheme)["weight"].to(torch.float32).numpy()
         np.testing.assert_allclose(got, q.todense(), rtol=1e-6, err_msg=name)
 
-    assert run(model, "-o", out, "--format", "nf4", "--where", "*up*", "--force") == 0
+    assert compress(model, "-o", out, "--format", "nf4", "--where", "*up*", "--force") == 0
     bnb, tensors = oracle("bitsandbytes.functional"), load_file(out)
     assert "layers.0.down.weight.absmax" not in tensors
     expected = by_hand(torch_like(), "nf4")
@@ -204,7 +171,7 @@ def test_gguf_is_read_by_its_package(tmp_path):
     tree = torch_like()
     files.save(tmp_path / "model.gguf", tree, metadata={"general.name": "small", "block_count": 2})
     out = tmp_path / "small.gguf"
-    assert run(tmp_path / "model.gguf", "-o", out, "--bits", 8) == 0
+    assert compress(tmp_path / "model.gguf", "-o", out, "--bits", 8) == 0
     assert files.metadata(out)["general.name"] == "small" and files.metadata(out)["block_count"] == 2
     gguf, quants = oracle("gguf"), oracle("gguf.quants")
     found = {t.name: t for t in gguf.GGUFReader(out).tensors}
@@ -231,7 +198,7 @@ def test_kernels_of_flax_and_stacks(tmp_path, capsys):
         '[[rules]]\nweights = "dense*"\nformat = "mxfp4"\n'
     )
     out = tmp_path / "small.safetensors"
-    assert run(tmp_path / "model.safetensors", "-o", out, "--recipe", tmp_path / "recipe.toml") == 0
+    assert compress(tmp_path / "model.safetensors", "-o", out, "--recipe", tmp_path / "recipe.toml") == 0
     loaded = files.load(out)
     assert bits_of(loaded["conv"]["kernel"]) == bits_of(tree["conv"]["kernel"])
     assert "no rule" in capsys.readouterr().out
@@ -248,8 +215,8 @@ def test_kernels_of_flax_and_stacks(tmp_path, capsys):
 def test_clusters_entropy_coded(model, tmp_path):
     oracle("constriction")
     tree, options = torch_like(), ["--prune", "0.75", "--cluster", "16", "--where", "*.up.weight"]
-    assert run(model, "-o", tmp_path / "plain.safetensors", *options) == 0
-    assert run(model, "-o", tmp_path / "coded.safetensors", *options, "--entropy-coding") == 0
+    assert compress(model, "-o", tmp_path / "plain.safetensors", *options) == 0
+    assert compress(model, "-o", tmp_path / "coded.safetensors", *options, "--entropy-coding") == 0
     plain, coded = (files.load(tmp_path / f"{name}.safetensors") for name in ("plain", "coded"))
     jax.tree.map(np.testing.assert_array_equal, coded, plain)
     weights = {name: {"weight": w} for name, w in kernels(tree).items() if name.endswith("up")}
@@ -274,7 +241,7 @@ def test_npz_of_bfloat16_scales(tmp_path):
     np.savez(tmp_path / "model.npz", **{"up.weight": w, "up.bias": w[:, 0]})
     (tmp_path / "r.toml").write_text('[[rules]]\nweights = "up*"\nbits = 8\nscale = "bfloat16"\n')
     out = tmp_path / "small.safetensors"
-    assert run(tmp_path / "model.npz", "-o", out, "--recipe", tmp_path / "r.toml") == 0
+    assert compress(tmp_path / "model.npz", "-o", out, "--recipe", tmp_path / "r.toml") == 0
     q = jw.quantize(w, jw.formats.integers(8, scale="bfloat16"), axes=OUT_IN)
     assert main(["expand", str(out), "-o", str(tmp_path / "back.npz")]) == 0
     with np.load(tmp_path / "back.npz") as back:
@@ -290,133 +257,17 @@ def test_a_folder_becomes_a_folder(model, tmp_path):
     (folder / "config.json").write_text('{"model_type": "bert"}')
     (folder / "more" / "vocab.txt").write_text("a\nb\n")
     (folder / "pytorch_model.bin").write_bytes(b"weights")
-    assert run(folder, "-o", tmp_path / "small", "--bits", 8) == 0
+    assert compress(folder, "-o", tmp_path / "small", "--bits", 8) == 0
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert config["model_type"] == "bert" and config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert (tmp_path / "small" / "more" / "vocab.txt").read_text() == "a\nb\n"
     assert not (tmp_path / "small" / "pytorch_model.bin").exists()
     assert set(files.load(tmp_path / "small")) == set(torch_like())
     before = (tmp_path / "small" / "model.safetensors").read_bytes()
-    assert run(folder, "-o", tmp_path / "small", "--bits", 8) == 2
-    assert run(folder, "-o", tmp_path / "small", "--bits", 4, "--force") == 0
+    assert compress(folder, "-o", tmp_path / "small", "--bits", 8) == 2
+    assert compress(folder, "-o", tmp_path / "small", "--bits", 4, "--force") == 0
     assert (tmp_path / "small" / "model.safetensors").read_bytes() != before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "small"]
-
-
-# Interrupts.
-
-
-class Killed(BaseException):
-    """Not an error that anything catches."""
-
-
-@pytest.mark.parametrize("stage", ["first", "second", "written", "moved"])
-def test_a_run_that_was_interrupted_goes_on(stage, model, tmp_path, monkeypatch):
-    whole, out = tmp_path / "whole.safetensors", tmp_path / "small.safetensors"
-    assert run(model, "-o", whole, "--bits", 4, "--block", 32) == 0
-    made = []
-    original = job._made
-
-    def counted(step, *rest):
-        made.append(step.name)
-        if (stage, len(made)) in {("first", 1), ("second", 3)}:
-            raise Killed
-        return original(step, *rest)
-
-    monkeypatch.setattr(job, "_made", counted)
-    if stage in ("written", "moved"):
-        replace = os.replace
-
-        def killed(source, target):
-            last = str(target) == str(out) if stage == "moved" else str(target).endswith("whole.safetensors")
-            if last:
-                raise Killed
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(Killed):
-        run(model, "-o", out, "--bits", 4, "--block", 32)
-    assert not out.exists()
-    finished = {"first": 0, "second": 2}.get(stage, 4)
-    monkeypatch.undo()
-    monkeypatch.setattr(job, "_made", lambda *a: (made.append(""), original(*a))[1])
-    made.clear()
-    assert run(model, "-o", out, "--bits", 4, "--block", 32) == 0
-    assert len(made) == 4 - finished
-    assert out.read_bytes() == whole.read_bytes()
-    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "whole.safetensors", "small.safetensors"}
-
-
-def test_another_recipe_or_source_starts_anew(model, tmp_path, monkeypatch):
-    out = tmp_path / "small.safetensors"
-    original, stop = job._made, []
-
-    def two(step, *rest):
-        if len(stop) == 2:
-            raise Killed
-        stop.append(step.name)
-        return original(step, *rest)
-
-    for change in ("recipe", "source"):
-        stop.clear()
-        monkeypatch.setattr(job, "_made", two)
-        with pytest.raises(Killed):
-            run(model, "-o", out, "--bits", 4)
-        monkeypatch.undo()
-        if change == "source":
-            files.save(model, torch_like(seed=1), metadata={"format": "pt"})
-        assert run(model, "-o", out, "--bits", 3 if change == "recipe" else 4) == 0
-        once = out.read_bytes()
-        assert run(model, "-o", out, "--bits", 3 if change == "recipe" else 4, "--force") == 0
-        assert out.read_bytes() == once
-        out.unlink()
-
-
-@pytest.mark.slow
-def test_killed_at_ten_random_moments(tmp_path):
-    """Moments are drawn from the time of the work itself, without the start of Python and JAX."""
-    rng = np.random.default_rng(0)
-    tree = {f"layer{i}": {"weight": rng.normal(size=(1024, 1024)).astype("f4")} for i in range(24)}
-    files.save(tmp_path / "model.safetensors", tree)
-    whole, out = tmp_path / "whole.safetensors", tmp_path / "small.safetensors"
-    command = [sys.executable, "-m", "jaxweights", "compress", str(tmp_path / "model.safetensors"), "--prune", "0.3"]
-    command += ["--bits", "4", "--block", "64", "-o"]
-
-    def start(path):
-        """Starts the command and waits for its spool."""
-        done = subprocess.DEVNULL
-        process = subprocess.Popen([*command, path], stdout=done, stderr=done, env=os.environ | {"XLA_FLAGS": ""})
-        spool = path.with_name(f".{path.name}.jaxweights")
-        while not (spool / "job.json").exists() and process.poll() is None:
-            time.sleep(0.005)
-        return process
-
-    process = start(whole)
-    begin = time.perf_counter()
-    assert process.wait() == 0
-    seconds = time.perf_counter() - begin
-    finished = 0
-    moments = random.Random(0)
-    for _ in range(10):
-        process = start(out)
-        try:
-            process.wait(moments.uniform(0, 0.5) * seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        left = {p.name for p in tmp_path.iterdir()} - {"model.safetensors", "whole.safetensors", "small.safetensors"}
-        assert left <= {".small.safetensors.jaxweights"}
-        n = len(list((tmp_path / ".small.safetensors.jaxweights").glob("0*.safetensors")))
-        if out.exists():  # it was done before it was killed, or killed in its last instant
-            assert out.read_bytes() == whole.read_bytes()
-            out.unlink()
-            finished = 0
-        else:
-            assert n >= finished
-            finished = n
-    assert start(out).wait() == 0
-    assert out.read_bytes() == whole.read_bytes()
-    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "whole.safetensors", "small.safetensors"}
 
 
 # Errors.
@@ -451,7 +302,7 @@ def test_errors(case, model, tmp_path, monkeypatch, capsys):
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     out = [] if "-o" in options else ["-o", "small.safetensors"]
-    assert run("none.safetensors" if case == "no file" else "model.safetensors", *options, *out) == 2
+    assert compress("none.safetensors" if case == "no file" else "model.safetensors", *options, *out) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and said.out == ""
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -460,13 +311,13 @@ def test_errors(case, model, tmp_path, monkeypatch, capsys):
 def test_errors_of_weights(tmp_path, capsys):
     path, out = tmp_path / "model.safetensors", tmp_path / "small.safetensors"
     files.save(path, {"a": {"weight": np.full((4, 4), np.nan, "f4")}})
-    assert run(path, "-o", out, *BITS) == 2
+    assert compress(path, "-o", out, *BITS) == 2
     assert "'a.weight' has weights that are not finite" in capsys.readouterr().err
     files.save(path, {"a": {"weight": jw.quantize(jnp.eye(8), 4)}})
-    assert run(path, "-o", out, *BITS) == 2
+    assert compress(path, "-o", out, *BITS) == 2
     assert "make plain arrays of them first, with jaxweights expand" in capsys.readouterr().err
     path.write_bytes(path.read_bytes()[:-3])
-    assert run(path, "-o", out, *BITS) == 2
+    assert compress(path, "-o", out, *BITS) == 2
     assert "truncated" in capsys.readouterr().err
     assert not out.exists()
 
@@ -478,6 +329,6 @@ def test_a_full_disk_leaves_no_output(model, tmp_path, monkeypatch, capsys):
     from jaxweights.files import safetensors
 
     monkeypatch.setattr(safetensors, "write_values", full)
-    assert run(model, "-o", tmp_path / "small.safetensors", *BITS) == 2
+    assert compress(model, "-o", tmp_path / "small.safetensors", *BITS) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert not (tmp_path / "small.safetensors").exists()

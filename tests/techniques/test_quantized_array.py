@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from stored_weights import READINGS, slow_unless
 
 import jaxweights as jw
 from jaxweights.core.axes import Reading
@@ -72,19 +73,7 @@ def bits(tree):
     return [(a.dtype, np.asarray(a).tobytes()) for a in jax.tree.leaves(tree)]
 
 
-def slow_unless(quick, *values):
-    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
-
-
 MOST = ("dense", "output first", "depthwise stack")
-READINGS = {
-    "dense": ((24, 6), None),
-    "output first": ((6, 24), jw.Axes(input=1, output=0)),
-    "stack behind": ((24, 6, 2), jw.Axes(input=0, output=1, batch=2)),
-    "heads": ((24, 2, 3), jw.axes.ATTENTION_IN),
-    "out-projection of heads": ((2, 12, 6), jw.axes.ATTENTION_OUT),
-    "depthwise stack": ((2, 3, 3, 4, 6), jw.axes.depthwise(3).stacked()),
-}
 
 
 @pytest.mark.parametrize("reading", [slow_unless(name in MOST, name) for name in READINGS])

@@ -1,4 +1,4 @@
-"""Sharing by place and of sub-vectors: patterns, their products, learned codebooks, product quantization."""
+"""Sharing by place: patterns, their products, a codebook for each output unit."""
 
 import jax
 import jax.numpy as jnp
@@ -242,131 +242,6 @@ def test_a_toeplitz_matrix_has_displacement_rank_two():
     np.testing.assert_allclose(found, w, atol=1e-5)
 
 
-# Product quantization
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
-def test_product_quantization_is_a_fixed_point_of_lloyd(scale):
-    w = normal(2, 12, 60) * np.float32(scale)
-    codebook, index = jax.jit(lambda w: sharing.product_quantize(w, 7, 3, key=jax.random.key(1)))(w)
-    assert codebook.shape == (2, 4, 7, 3) and index.shape == (2, 4, 60) and index.dtype == jnp.int8
-    exact, centroids, index = np.float64(w) / scale, np.float64(codebook) / scale, np.asarray(index)
-    error = 0.0
-    for b in range(2):
-        for m in range(4):
-            vectors = exact[b, 3 * m : 3 * m + 3].T
-            distances = np.sum((vectors[:, None] - centroids[b, m]) ** 2, -1)
-            np.testing.assert_allclose(distances[np.arange(60), index[b, m]], distances.min(1), rtol=1e-4, atol=1e-6)
-            for i in np.unique(index[b, m]):
-                np.testing.assert_allclose(centroids[b, m, i], vectors[index[b, m] == i].mean(0), rtol=1e-4, atol=1e-5)
-            error += distances.min(1).sum() / np.sum((vectors - vectors.mean(0)) ** 2) / 8
-    assert error < 0.5  # 7 clusters of normal points in three dimensions leave about .38
-
-
-def test_product_quantization_finds_what_there_is():
-    codebook, index = normal(4, 3, 2), np.random.default_rng(1).integers(0, 3, (4, 50))
-    w = np.asarray(sharing.share_vectors(codebook, index))
-    for m in range(4):
-        for j in range(50):
-            np.testing.assert_array_equal(w[2 * m : 2 * m + 2, j], codebook[m, index[m, j]])
-    quantized = jax.jit(lambda w: sharing.share_vectors(*sharing.product_quantize(w, 3, 2, key=jax.random.key(0))))
-    np.testing.assert_allclose(quantized(w), w, rtol=1e-6)
-    np.testing.assert_array_equal(quantized(np.ones_like(w)), np.ones_like(w))  # fewer vectors than clusters
-    with_nan = np.where(np.arange(50) == 3, np.float32(np.nan), w)
-    assert np.isnan(quantized(with_nan)).all()
-
-
-def test_the_product_with_shared_vectors():
-    codebook, index, x = normal(4, 5, 3), np.random.default_rng(1).integers(0, 5, (4, 20)), normal(2, 6, 12, seed=2)
-
-    @jax.jit
-    def run(x, codebook):
-        product, pull = jax.vjp(lambda x, c: sharing.vectors_matmul(x, c, index), x, codebook)
-        _, pull_weight = jax.vjp(lambda c: sharing.share_vectors(c, index), codebook)
-        return product, pull(normal(2, 6, 20, seed=3)), pull_weight(normal(12, 20, seed=4))[0]
-
-    product, (by_x, by_codebook), of_weight = run(x, codebook)
-    w = np.float64(sharing.share_vectors(codebook, index))
-    cotangent = np.float64(normal(2, 6, 20, seed=3))
-    np.testing.assert_allclose(product, x @ w, atol=2e-5)
-    np.testing.assert_allclose(by_x, cotangent @ w.T, atol=5e-5)
-    for found, by_weight in (
-        (by_codebook, np.einsum("abk,abn->kn", x, cotangent)),
-        (of_weight, normal(12, 20, seed=4)),
-    ):
-        expected = np.zeros((4, 5, 3))
-        for m in range(4):
-            for j in range(20):
-                expected[m, index[m, j]] += by_weight[3 * m : 3 * m + 3, j]
-        np.testing.assert_allclose(found, expected, atol=1e-4)
-    wrong = index.copy()
-    wrong[0, 0], wrong[1, 1] = -1, 5
-    for columns in (sharing.share_vectors(codebook, wrong).sum(0), sharing.vectors_matmul(x[0, 0], codebook, wrong)):
-        np.testing.assert_array_equal(np.isnan(columns), np.arange(20) < 2)
-
-
-# ShareWeights
-
-KINDS = {
-    "values": (8, {"start": "linear"}),
-    "zeros": (8, {"start": "linear", "keep_zeros": True}),
-    "hashed": (sharing.Hashed(8), {}),
-    "toeplitz": (sharing.Toeplitz(), {}),
-    "convolution": (sharing.Convolution((3, 2, 3), (6, 2), padding="VALID"), {}),
-    "sub-vectors": (sharing.ProductQuantized(3, length=4), {}),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_learned_codebook_starts_at_the_means_and_gets_the_gradient_of_its_members(kind):
-    groups, options = KINDS[kind]
-    w = normal(12, 12)
-    w[:, :3] = 0
-    cotangent = normal(12, 12, seed=1)
-
-    @jax.jit
-    def run(w):
-        results = []
-        specs = [jw.ShareWeights(groups, codebook_gradient=gradient, **options) for gradient in (None, "sum", "mean")]
-        state = specs[-1].init(w, jax.random.key(0))
-        for t in specs:
-            learned = {n: state[n] for n in t.learned}
-            new, pull = jax.vjp(lambda w, learned, t=t: t.apply(w, {**state, **learned}), w, learned)
-            results.append((new, *pull(cotangent), t.store(w, state)))
-        return state, results
-
-    state, ((projected, by_w, _, stored), *learned) = run(w)
-    index = np.asarray(state["index"])
-    n = index.max() + 1
-    members = np.bincount(index[index >= 0], minlength=n)
-    means = summed_over_members(index, w, n) / np.maximum(members, 1)
-    np.testing.assert_allclose(projected, np.where(index < 0, 0, means[index]), atol=1e-6)
-    total = summed_over_members(index, cotangent, n)
-    mean = total / np.maximum(members, 1)
-    np.testing.assert_allclose(by_w, np.where(index < 0, 0, mean[index]), atol=1e-6)
-    for (new, by_w, by_codebook, of_learned), expected in zip(learned, (total, mean), strict=True):
-        np.testing.assert_allclose(new, projected, atol=1e-6)
-        assert not np.any(by_w)
-        np.testing.assert_allclose(by_codebook["codebook"][:n], expected, atol=1e-5)
-        np.testing.assert_array_equal(jw.densify(of_learned), new)
-    assert isinstance(stored, jw.ClusteredArray)
-    np.testing.assert_allclose(stored.todense(), projected, atol=1e-6)
-    if kind == "zeros":
-        np.testing.assert_array_equal(np.asarray(projected) == 0, w == 0)
-
-
-def test_patterns_follow_the_axes_of_a_stack():
-    """Each layer of a stack has values of its own, in the matrix as which its axes read it."""
-    w = normal(3, 5, 2, 4)
-    axes = jw.Axes(input=-1, output=(-3, -2), batch=0)  # (layers, out, out, in)
-    t = jw.ShareWeights(sharing.Toeplitz(), axes=axes)
-    new = np.asarray(jax.jit(lambda w: t.apply(w, t.init(w, jax.random.key(0))))(w))
-    for layer, before in zip(new.reshape(3, 10, 4), w.reshape(3, 10, 4), strict=True):
-        for d in range(-9, 4):
-            found, of = np.diagonal(layer, d), np.diagonal(before, d)
-            np.testing.assert_allclose(found, np.full_like(found, of.mean()), atol=1e-6)
-
-
 def test_a_codebook_for_each_output_unit():
     w = normal(2, 6, 3, 4)
     for axes in (jw.Axes(batch=0), jw.Axes(input=1, output=(2, 3), batch=0), jw.axes.depthwise(2)):
@@ -382,17 +257,3 @@ def test_a_codebook_for_each_output_unit():
                 np.testing.assert_array_equal(found[b, :, j], values[index[b, :, j]])
     beyond = jw.share(codebook, jnp.full(w.shape, 5), axes=axes)
     assert np.isnan(beyond).all()
-
-
-def test_what_project_keeps():
-    """The mean of each group moves by the mean update; a learned codebook stays, as a learned scale does."""
-    w, update = {"kernel": normal(8, 6)}, {"kernel": normal(8, 6, seed=1)}
-    for gradient, steps in ((None, 1), ("sum", 0)):
-        t = jw.ShareWeights(sharing.Toeplitz(), codebook_gradient=gradient)
-        tx = jw.project(t, where="kernel")
-        new, _ = tx.update(update, tx.init(w), w)
-        expected = w["kernel"] + steps * update["kernel"]
-        found = w["kernel"] + np.asarray(new["kernel"])
-        for d in range(-7, 6):
-            of = np.diagonal(found, d)
-            np.testing.assert_allclose(of, np.full_like(of, np.diagonal(expected, d).mean()), atol=1e-6)
