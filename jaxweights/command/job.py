@@ -19,13 +19,12 @@ from jaxweights.command.plan import Step, plan
 from jaxweights.command.progress import bar
 from jaxweights.command.report import print_summary
 from jaxweights.command.spool import Spool, fingerprint
+from jaxweights.command.statistics import parts
 from jaxweights.command.targets import entropy_coded, target_of, tensors
 from jaxweights.core.calibration import InputStats
 from jaxweights.core.stored import is_stored
 from jaxweights.models.one_shot.fit import fit
 from jaxweights.models.recipe import Recipe
-
-_CHUNK = 2**20
 
 
 def compress(path: Path, out: Path, recipe: Recipe, *, force: bool = False) -> None:
@@ -76,11 +75,9 @@ def _made(step: Step, to: str, coding: bool, w: np.ndarray) -> tuple[Mapping[str
 
 
 def relative_error(w: np.ndarray, new: np.ndarray) -> float:
-    """‖new − w‖/‖w‖, in float64. A part at a time is converted."""
+    """‖new − w‖/‖w‖, in float64."""
     change = size = 0.0
-    one, other = w.reshape(-1), new.reshape(-1)
-    for i in range(0, one.size, _CHUNK):
-        a, b = one[i : i + _CHUNK].astype(np.float64), other[i : i + _CHUNK].astype(np.float64)
+    for a, b in parts(w, new):
         change += float(np.dot(b - a, b - a))
         size += float(np.dot(a, a))
     return math.sqrt(change / size) if size else math.sqrt(change)
