@@ -1,94 +1,112 @@
-"""The figures of README.md, written from the committed results.
+"""The figures of README.md and of docs/measurements, written from the committed results.
 
-A region of the README stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`; the function of that name
-below writes what is in it. The words around it are written by hand.
+A region of a page stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`; the function of that name
+writes what is in it. The words around it are written by hand.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from compression_figures import (
+    clustering,
+    compressed_minilm,
+    low_bit,
+    quantized_layers,
+    quantized_minilm,
+    quantized_mobilenet,
+)
+from reports import FILES, column, number, read, table
 
-EXAMPLES, RESULTS = (Path(__file__).parents[1] / folder for folder in ("examples", "benchmarks/results"))
-FILES = {
-    **{
-        name: RESULTS / f"{name}.json"
-        for name in (
-            "cpu",
-            "spectral_norm",
-            "norms",
-            "selection",
-            "bf16_training",
-            "clients",
-            "quantization",
-            "low_bit",
-        )
-    },
-    **{
-        name: EXAMPLES / f"{name}.json"
-        for name in ("minilm", "compress_minilm", "sparse_training", "gan_digits", "gan_fashion_mnist")
-    },
-}
-"""The results that the README quotes."""
 REGION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.S)
 
 
 def render(text: str) -> str:
     """Returns the text with every region written anew."""
-    return REGION.sub(lambda region: f"{region[1]}\n{REGIONS[region[2]]()}\n\n{region[3]}", text)
+    return REGION.sub(lambda region: f"{region[1]}\n{written(region[2])}\n\n{region[3]}", text)
 
 
-def read(name: str) -> dict[str, Any]:
-    return json.loads(FILES[name].read_text())
-
-
-def table(columns: list[list[str]], words: int = 1) -> str:
-    """Returns a Markdown table of columns that start with their headings. The first `words` columns are text."""
-    heading, *rows = zip(*columns, strict=True)
-    sides = ["---"] * words + ["---:"] * (len(columns) - words)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, sides, *rows))
-
-
-def column(heading: str, values: Iterable[float], form: str, best: Callable) -> list[str]:
-    """Returns a column with its best values in bold."""
-    shown = [format(v, form) for v in values]
-    return [heading, *(f"**{s}**" if float(s) == best(map(float, shown)) else s for s in shown)]
-
-
-def number(x: float) -> str:
-    """Returns two digits, or all before the point."""
-    return f"{x:,.0f}" if x >= 100 else f"{x:.2g}".replace("e-0", "e-")
+def written(name: str) -> str:
+    """What belongs in a region: that it is missing, where its benchmark has left no results."""
+    try:
+        return REGIONS[name]()
+    except FileNotFoundError as missing:
+        return f"Not measured yet: `python benchmarks/{Path(missing.filename).stem}.py`."
 
 
 def versions() -> str:
     """The device and the versions, which must be the same for all results."""
     found: dict[str, list[str]] = {}
-    for name in FILES:
+    for name in (name for name, path in FILES.items() if path.exists()):
         e = read(name)["environment"]
         packages = ", ".join(f"{package} {e[package]}" for package in ("jax", "flax", "optax"))
         found.setdefault(f"{e['device'].removeprefix('cpu, ')}, Python {e['python']}, {packages}", []).append(name)
     if len(found) > 1:
-        raise ValueError(f"The README quotes results of different devices or versions: {found}. Remake the older ones.")
+        raise ValueError(f"The pages quote results of different devices or versions: {found}. Remake the older ones.")
     return next(iter(found))
+
+
+def headlines() -> str:
+    """One strong figure of each page, beside what it is to be compared with, and the script that makes it."""
+    quantized = {(r["format"], r["method"]): r for r in read("quantization")["minilm"]}
+    four, nearest, dense = (
+        quantized[key] for key in (("4 bits", "GPTQ"), ("4 bits", "round to nearest"), ("float32", ""))
+    )
+    cosines = {method: found["2:4"] for method, found in read("minilm")["results"].items()}
+    sparse = {m: 100 * np.mean(found["98%"]) for m, found in read("sparse_training")["results"].items() if m != "dense"}
+    sigma = {peer: f"{number(100 * errors[-1])}%" for peer, errors in read("spectral_norm")["errors"].items()}
+    run = {(r["name"], r["against"]): r["ratio"]["median"] for r in read("cpu")["results"]}
+    masks = {(r["other"], r["dtype"], r["size"]): r["speedup"]["median"] for r in read("selection")["results"]}
+    rows = [
+        (
+            "MiniLM-L6 in 4 bits by GPTQ: cosine to its embeddings in float32, and its file",
+            f"{four['cosine']:.3f}, {four['file'] / 1e6:.0f} MB",
+            f"round to nearest: {nearest['cosine']:.3f}; float32: {dense['file'] / 1e6:.0f} MB",
+            "quantization",
+        ),
+        (
+            "MiniLM-L6 pruned to 2:4 by SparseGPT and repair: cosine to its dense embeddings",
+            f"{cosines['SparseGPT + repair']:.3f}",
+            f"by magnitude: {cosines['magnitude']:.3f}",
+            "minilm",
+        ),
+        (
+            "a CNN trained with 98% zeros by RigL: accuracy on digits",
+            f"{sparse['RigL']:.1f}%",
+            f"pruned once, halfway: {sparse['one-shot']:.1f}%",
+            "sparse_training",
+        ),
+        (
+            "spectral norm: mean error of σ after 20 updates of one step",
+            sigma["jaxweights"],
+            f"Flax: {sigma['Flax']}; torch: {sigma['torch']}",
+            "spectral_norm",
+        ),
+        (
+            "a step of Adam, weight decay, and a projection to a box and a mask: time",
+            f"{run['decay, project: clip, mask', 'Adam']:.2f}",
+            "Adam alone: 1",
+            "cpu",
+        ),
+        (
+            "the mask of the smallest 90% of 100 million weights: time",
+            f"{masks['argsort', 'float32', 10**8]:.3f}",
+            "by a stable argsort: 1",
+            "selection",
+        ),
+    ]
+    measured, ours, others, names = zip(*rows, strict=True)
+    scripts = [f"`{read(name)['command'].removeprefix('python ')}`" for name in names]
+    columns = [["measured", *measured], ["jaxweights", *ours], ["others", *others], ["run with python", *scripts]]
+    return table(columns, words=4)
 
 
 def minilm() -> str:
     results = read("minilm")["results"]
     columns = [column(p, [cosines[p] for cosines in results.values()], ".3f", max) for p in results["magnitude"]]
     return table([["zeros", *(method.replace(" + repair", ", repaired") for method in results)], *columns])
-
-
-def compressed_minilm() -> str:
-    results = read("compress_minilm")["results"]
-    dense = results["float32"]["bytes"]
-    size = lambda n: [f"{n / 1e6:.1f}", f"{dense / n:.1f}"]
-    rows = [[name, *size(r["bytes"]), f"{r['cosine']:.4f}"] for name, r in results.items()]
-    return table([list(c) for c in zip(["recipe", "file, MB", "times smaller", "cosine"], *rows, strict=True)])
 
 
 def sparse_training() -> str:
@@ -209,83 +227,10 @@ def clients() -> str:
     return table([[heading, *cells] for heading, cells in columns.items()], words=2)
 
 
-def quantized_minilm() -> str:
-    report = read("quantization")
-    rows = [r for r in report["minilm"] if r["method"]]
-    ratios = {(r["format"], tuple(r["shape"])): f"{r['ratio']['median']:.2f}" for r in report["minilm_times"]}
-    shapes = list(dict.fromkeys(shape for _, shape in ratios))
-    formats = list(dict.fromkeys(r["format"] for r in rows))
-    of_nearest = {r["format"]: r for r in rows if r["method"] == "round to nearest"}
-    columns = [
-        ["format", *formats],
-        ["bits a weight", *(f"{of_nearest[name]['bits']:.2f}" for name in formats)],
-        ["file, MB", *(f"{of_nearest[name]['file'] / 1e6:.1f}" for name in formats)],
-        *by_method(rows, "cosine", "{:.4f}"),
-        *(
-            [f"time, {n} × {length} tokens", *(ratios.get((f, (n, length)), "") for f in formats)]
-            for n, length in shapes
-        ),
-    ]
-    return table(columns)
-
-
-def quantized_mobilenet() -> str:
-    rows = read("quantization")["mobilenet"]
-    agreement, snr = by_method(rows, "agreement", "{:.1%}"), by_method(rows, "snr", "{:.1f} dB")
-    cells = [
-        [name, *map(", ".join, zip(a, b, strict=True))] for (name, *a), (_, *b) in zip(agreement, snr, strict=True)
-    ]
-    return table([["format", *dict.fromkeys(r["format"] for r in rows)], *cells])
-
-
-def quantized_layers() -> str:
-    report = read("quantization")
-    formats = list(dict.fromkeys(r["format"] for r in report["layers"]))
-    rows = sorted(report["layers"], key=lambda r: formats.index(r["format"]))
-    rows = [r for r in rows if r["format"].startswith("int") or r["method"] == "round to nearest"]
-    layers = list(dict.fromkeys(r["layer"] for r in report["layers"]))
-    found = {(r["format"], r["package"], r["method"], r["layer"]): r for r in rows}
-    keys = list(dict.fromkeys(key[:3] for key in found))
-    times = {(r["format"], r["package"], "round to nearest"): r for r in report["layer_times"]}
-
-    def time(key: tuple[str, str, str], n: str) -> str:
-        products = times[key]["products"] if key in times else {}
-        return f"{products[n]['ratio']['median']:.2f}" if n in products else ""
-
-    columns = [[heading, *(key[i] for key in keys)] for i, heading in enumerate(("format", "package", "method"))]
-    bits = [next(r["bits"] for r in rows if (r["format"], r["package"], r["method"]) == key) for key in keys]
-    columns.append(["bits a weight", *(f"{b:.2f}" for b in bits)])
-    for layer in layers:
-        of_layer = [found.get((*key, layer)) for key in keys]
-        columns.append([f"error of the outputs: {layer}", *(f"{r['output']:.4f}" if r else "" for r in of_layer)])
-    columns.append(["to round, ms", *(f"{times[k]['quantize_ms']:.0f}" if k in times else "" for k in keys)])
-    columns += [[f"x @ w, {n} row{'s' if n > '1' else ''}", *(time(key, n) for key in keys)] for n in ("1", "16")]
-    return table(columns, words=3)
-
-
-def low_bit() -> str:
-    results = read("low_bit")["results"]
-    formats, rows = (list(dict.fromkeys(r[key] for r in results)) for key in ("format", "rows"))
-    found = {(r["format"], r["rows"]): f"{r['ratio']['median']:.2f}" for r in results}
-    bytes_of = {r["format"]: f"{r['bytes']:.2f}" for r in results}
-    columns = [[f"{n} row{'s' * (n > 1)}", *(found.get((f, n), "") for f in formats)] for n in rows]
-    return table([["format", *formats], ["bytes", *map(bytes_of.__getitem__, formats)], *columns])
-
-
-def by_method(rows: list[dict[str, Any]], key: str, form: str) -> list[list[str]]:
-    """A column for each method and a line for each format, the best in bold."""
-    formats = list(dict.fromkeys(r["format"] for r in rows))
-    found = {(r["format"], r["method"]): form.format(r[key]) for r in rows}
-    best = {f: form.format(max(r[key] for r in rows if r["format"] == f)) for f in formats}
-    marked = lambda cell, f: f"**{cell}**" if cell == best[f] else cell
-    methods = dict.fromkeys(r["method"] for r in rows)
-    return [[m, *(marked(found.get((f, m), ""), f) for f in formats)] for m in methods]
-
-
 REGIONS = {
     f.__name__: f
     for f in (
-        *(versions, minilm, sparse_training, gan, stochastic_rounding, accuracy, speed, clients),
-        *(compressed_minilm, quantized_minilm, quantized_mobilenet, quantized_layers, low_bit),
+        *(versions, headlines, minilm, sparse_training, gan, stochastic_rounding, accuracy, speed, clients),
+        *(compressed_minilm, quantized_minilm, quantized_mobilenet, quantized_layers, low_bit, clustering),
     )
 }

@@ -6,7 +6,8 @@
   weights and grows those with the largest gradient.
 
 Each is a spec for `jw.confine`, which wraps Adam, and trains for as many steps as the dense baseline. Magnitudes are
-compared across all layers. All sparsities and seeds of a method train in one program. The README shows the accuracies.
+compared across all layers. All sparsities and seeds of a method train in one program. The accuracies are in
+docs/measurements/sparsity.md.
 """
 
 from __future__ import annotations

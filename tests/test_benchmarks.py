@@ -82,12 +82,18 @@ def test_deep_compression(tmp_path):
 
 
 @pytest.mark.slow
-def test_clustering(tmp_path):
+def test_clustering(tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="scikit-learn is one of the peers that are measured")
     report, out = quick("clustering", tmp_path)
-    for result in report["results"]:
+    monkeypatch.syspath_prepend(RUN.parent)
+    import figures
+
+    monkeypatch.setitem(figures.FILES, "clustering", tmp_path / "clustering-quick.json")
+    _, _, *rows = figures.written("clustering").splitlines()
+    for result, row in zip(report["results"], rows, strict=True):
         assert result["error"] > 0.999 and result["method"] in out  # none is better than the optimum
         assert result["ratio"]["median"] > 0
+        assert row.startswith(f"| {result['method']} | 20,000 | 8 |") and f"| {result['error']:.4f} |" in row
 
 
 @pytest.mark.slow
@@ -182,18 +188,18 @@ def test_startup(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def readme(monkeypatch):
+def remake(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(RUN.parent), *sys.path])
-    import readme
+    import remake
 
-    return readme
+    return remake
 
 
-def test_an_example_is_recorded_beside_its_picture(readme, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(readme, "folders", lambda: (tmp_path, tmp_path))
+def test_an_example_is_recorded_beside_its_picture(remake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(remake, "folders", lambda: (tmp_path, tmp_path))
     command = "examples/mup.py --widths 64 128 --seeds 1 --steps 2"
-    monkeypatch.setitem(readme.EXAMPLES, "mup", (command, readme.EXAMPLES["mup"][1]))
-    readme.example("mup")
+    monkeypatch.setitem(remake.EXAMPLES, "mup", (command, remake.EXAMPLES["mup"][1]))
+    remake.example("mup")
     assert {path.name for path in tmp_path.iterdir()} == {"mup.json", "mup.png"}
     record = json.loads((tmp_path / "mup.json").read_text())
     assert record["command"] == f"python {command}" and {"device", "jax"} <= set(record["environment"])
@@ -202,50 +208,52 @@ def test_an_example_is_recorded_beside_its_picture(readme, tmp_path, monkeypatch
     assert f"{record['results']['muP'][1]:+.2f}" in capsys.readouterr().out
 
 
-def test_a_benchmark_is_recorded_beside_its_chart(readme, tmp_path, monkeypatch):
+def test_a_benchmark_is_recorded_beside_its_chart(remake, tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(
         "import pathlib, sys\n"
         "option, out = sys.argv[1], pathlib.Path(sys.argv[2])\n"
         "(out / 'cpu.json').write_text('{\"results\": [1.5]}') and (out / 'cpu.png').write_text(option)\n"
     )
-    monkeypatch.setattr(readme, "folders", lambda: (tmp_path, tmp_path))
+    monkeypatch.setattr(remake, "folders", lambda: (tmp_path, tmp_path))
     monkeypatch.setattr(sys, "argv", [])
-    monkeypatch.setitem(readme.BENCHMARKS, "run", str(script))
-    readme.benchmark("run")
+    monkeypatch.setitem(remake.BENCHMARKS, "run", str(script))
+    remake.benchmark("run")
     record = json.loads((tmp_path / "cpu.json").read_text())
     digest = hashlib.sha256(b"--out").hexdigest()
     assert record == {"command": f"python {script}", "seconds": 0, "picture_sha256": digest, "results": [1.5]}
 
 
-def test_results_of_another_device_lie_apart(readme, monkeypatch):
-    benchmarks, examples = readme.folders()
+def test_results_of_another_device_lie_apart(remake, monkeypatch):
+    benchmarks, examples = remake.folders()
     assert benchmarks == RUN.parent / "results" and examples == RUN.parents[1] / "examples"
-    monkeypatch.setattr(readme.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(readme.jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")])
-    assert readme.folders() == (benchmarks / "nvidia-h100-80gb-hbm3",) * 2
+    monkeypatch.setattr(remake.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(remake.jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")])
+    assert remake.folders() == (benchmarks / "nvidia-h100-80gb-hbm3",) * 2
 
 
-def test_a_part_that_fails_does_not_stop_the_others(readme, tmp_path, monkeypatch, capsys):
-    page = tmp_path / "README.md"
-    page.write_text("1\n<!-- figures: versions -->\n2\n<!-- end of figures -->\n3\n")
-    monkeypatch.setattr(readme, "README", page)
+def test_a_part_that_fails_does_not_stop_the_others(remake, tmp_path, monkeypatch, capsys):
+    pages = tmp_path / "README.md", tmp_path / "speed.md"
+    for page in pages:
+        page.write_text("1\n<!-- figures: versions -->\n2\n<!-- end of figures -->\n3\n")
+    monkeypatch.setattr(remake, "PAGES", pages)
     ran = []
-    monkeypatch.setattr(readme, "succeeds", lambda name: ran.append(name) or name != "norms")
+    monkeypatch.setattr(remake, "succeeds", lambda name: ran.append(name) or name != "norms")
     with pytest.raises(SystemExit, match=r"^failed: norms$"):
-        readme.main([])
-    assert ran == [*readme.BENCHMARKS, *readme.EXAMPLES]
-    first, *_, versions, _, _, last = page.read_text().splitlines()
+        remake.main([])
+    assert ran == [*remake.BENCHMARKS, *remake.EXAMPLES]
+    first, *_, versions, _, _, last = pages[0].read_text().splitlines()
     assert first == "1" and "jax 0." in versions and last == "3"
+    assert pages[1].read_text() == pages[0].read_text()
     with pytest.raises(SystemExit):
-        readme.main(["nothing"])
+        remake.main(["nothing"])
     assert "no part is called nothing; the parts are run, spectral_norm" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_part_has_a_process_of_its_own(readme, monkeypatch, capfd):
-    monkeypatch.setattr(readme, "example", int)  # what the new process calls: it raises for a name, not for a number
-    assert readme.succeeds("3") and not readme.succeeds("three")
+def test_a_part_has_a_process_of_its_own(remake, monkeypatch, capfd):
+    monkeypatch.setattr(remake, "example", int)  # what the new process calls: it raises for a name, not for a number
+    assert remake.succeeds("3") and not remake.succeeds("three")
     assert "invalid literal for int" in capfd.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Runs each claim of the README about Flax, optax and torch, and checks that ours does better."""
+"""Runs claims of docs/measurements/peers.md about Flax, optax and torch, and checks that ours does better."""
 
 import functools
 

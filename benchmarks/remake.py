@@ -1,10 +1,10 @@
-"""Remake the README's figures and pictures: python benchmarks/readme.py [PART ...] [--render].
+"""Remake all figures and pictures that are shown: python benchmarks/remake.py [PART ...] [--render].
 
-Runs the parts, all by default (about an hour on 2 cores), each in a process of its own: a part is a benchmark or an
-example. It leaves a picture and, beside it, a JSON file: the command, the device, the versions and the figures. Then
-README.md is written anew from these files by figures.py. A part that fails does not stop the others.
+Runs the parts, all by default (hours on 2 cores), each in a process of its own: a part is a benchmark or an example. It
+leaves a picture and, beside it, a JSON file: the command, the device, the versions and the figures. Then figures.py
+writes the tables of README.md and of docs/measurements from these files. A part that fails does not stop the others.
 
-The README shows results of a CPU. Those of another device go to benchmarks/results/<device>.
+The pages show results of a CPU. Those of another device go to benchmarks/results/<device>.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from typing import Any
 
 import figures
 import jax
+import reports
 from script import environment
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "measurements").glob("*.md")))
 
 
 def of_runs(results: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +52,7 @@ BENCHMARKS = {
     name: f"benchmarks/{name}.py"
     for name in (
         *("run", "spectral_norm", "norms", "selection", "sparse_matmul", "bf16_training", "clients"),
-        *("quantization", "low_bit"),
+        *("quantization", "low_bit", "clustering"),
     )
 }
 EXAMPLES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # and what of the results of `main` is kept
@@ -69,8 +70,8 @@ EXAMPLES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # and what of the res
 def folders() -> tuple[Path, Path]:
     """Where results of benchmarks and of examples go on this device."""
     if jax.default_backend() == "cpu":
-        return figures.RESULTS, figures.EXAMPLES
-    other = figures.RESULTS / re.sub(r"\W+", "-", jax.devices()[0].device_kind.lower())
+        return reports.RESULTS, reports.EXAMPLES
+    other = reports.RESULTS / re.sub(r"\W+", "-", jax.devices()[0].device_kind.lower())
     return other, other
 
 
@@ -86,7 +87,7 @@ def example(name: str) -> None:
     (command, keep), path, start = EXAMPLES[name], folders()[1] / f"{name}.json", time.perf_counter()
     script, *options = command.split()
     path.parent.mkdir(parents=True, exist_ok=True)
-    sys.path.append(str(figures.EXAMPLES))
+    sys.path.append(str(reports.EXAMPLES))
     results = importlib.import_module(Path(script).stem).main([*options, "--out", str(path.with_suffix(".png"))])
     record(path, command, start, {"environment": environment(), "results": keep(results)})
 
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     accepted = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     accepted.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(parts)}")
     accepted.add_argument(
-        "--render", action="store_true", help="write README.md from the results there are; run nothing"
+        "--render", action="store_true", help="write the pages from the results there are; run nothing"
     )
     options = accepted.parse_args(arguments)
     if unknown := sorted(set(options.parts) - set(parts)):
@@ -125,7 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not succeeds(name):
             failed.append(name)
         print(f"== {name}: {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
-    README.write_text(figures.render(README.read_text()))
+    for page in PAGES:
+        page.write_text(figures.render(page.read_text()))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
