@@ -203,7 +203,7 @@ QUANTIZATION = [
         note="int4 of torchao has zero points: `jw.formats.integers(4, block=32, symmetric=False)`",
     ),
     Line(
-        'Qwix: QtRule(weight_qtype="int8")',
+        'Qwix: QuantizationRule(weight_qtype="int8")',
         "jw.quantize(w, 8)",
         formula="nearest(w, 127)",
         note="the scale of Qwix is absmax/127.5",

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
+from jaxweights.core.stored import is_stored
+
 _KINDS = ("dict", "list", "tuple", "integers", "none")
 _DEEPEST = 100
 
 
 def named(tree: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """({name: leaf}, {name: kind}) of a tree of dicts, lists, tuples and None.
+    """({name: leaf}, {name: kind}) of a tree of dicts, lists, tuples and None, and of an `nnx.State`.
 
     Kinds tell what names do not: where there are lists, tuples, dicts with integers as keys, empty dicts, and None.
     """
@@ -34,12 +39,12 @@ def named(tree: Any) -> tuple[dict[str, Any], dict[str, str]]:
         elif not path:
             raise TypeError(
                 f"tree must be a dict, a list or a tuple of arrays and stored weights, got {type(node).__name__}: "
-                f"save {{'weight': it}}, or of a Flax NNX module nnx.to_pure_dict(nnx.state(module))"
+                f"save {{'weight': it}}, or of a Flax NNX module nnx.state(module)"
             )
         elif node is None:
             kinds[name] = "none"
         else:
-            leaves[name] = node
+            leaves[name] = _value(node)
 
     visit((), tree)
     return leaves, kinds
@@ -96,6 +101,18 @@ def _restored(path: tuple[str, ...], node: Any, kinds: Mapping[str, str]) -> Any
             raise ValueError(f"the metadata says that the keys at {name!r} are integers, got {sorted(below)[:10]}")
         return {int(key): value for key, value in below.items()}
     return below
+
+
+def _value(leaf: Any) -> Any:
+    """What a variable of Flax NNX holds, and any other leaf as it is."""
+    if is_stored(leaf) or isinstance(leaf, jax.Array | np.ndarray):
+        return leaf
+    from flax import nnx  # only here: importing Flax takes a while
+
+    if not isinstance(leaf, nnx.Variable):
+        return leaf
+    (value,) = jax.tree.leaves(leaf, is_leaf=lambda node: node is not leaf)
+    return value
 
 
 def _checked(key: Any, name: str) -> str:

@@ -55,7 +55,8 @@ def save(
     Args:
       path: ends in ".safetensors" or ".gguf".
       tree: nested dicts with strings or integers as keys, lists, tuples and None; of arrays, `QuantizedArray`,
-        `ClusteredArray`, `PackedArray` and `BlockSparseArray`. In GGUF only of the first two.
+        `ClusteredArray`, `PackedArray` and `BlockSparseArray`. In GGUF only of the first two. Of a Flax NNX module
+        `nnx.state(module)`: `load` gives nested dicts of its arrays, for `nnx.update`.
       format: None, or in safetensors the layout of every stored weight: "gptq", "gptq_v2", "awq",
         "compressed-tensors", "bitsandbytes" or "mxfp4" of a `QuantizedArray`, "sparse-24-bitmask" of a `PackedArray`.
       entropy_coding: in safetensors of our own layout: codes, masks, and the zeros of arrays take as many bits as they
@@ -199,12 +200,14 @@ def _array(name: str, leaf: Any) -> jax.Array | np.ndarray:
     if isinstance(leaf, Tracer):
         raise TypeError(f"the leaf {name!r} is traced and has no values: save outside of jit")
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"the leaf {name!r} is a key of jax.random: save jax.random.key_data(key)")
+        raise TypeError(
+            f"the leaf {name!r} is a key of jax.random: save jax.random.key_data(key), or leave it out, of a Flax NNX "
+            f"module with nnx.state(module, nnx.Not(nnx.RngState))"
+        )
     if not isinstance(leaf, jax.Array | np.ndarray):
         raise TypeError(
             f"the leaf {name!r} must be an array, a QuantizedArray, a ClusteredArray, a PackedArray or a "
-            f"BlockSparseArray, got {type(leaf).__name__}: convert it with jnp.asarray, or of a Flax NNX module save "
-            f"nnx.to_pure_dict(nnx.state(module))"
+            f"BlockSparseArray, got {type(leaf).__name__}: convert it with jnp.asarray"
         )
     return leaf
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bad_input.vocabulary import KEY, T, V, W
+from flax import nnx
 
 import jaxweights as jw
 
@@ -49,6 +50,7 @@ CASES = [
     ("save a number", lambda: save({"a": {"b": 3.0}}), T, "the leaf 'a.b' must be an array"),
     ("save a set", lambda: save({"a": {1.0}}), T, "convert it with jnp.asarray"),
     ("save a key of JAX", lambda: save({"a": KEY}), T, "save jax.random.key_data(key)"),
+    ("save a module", lambda: save(nnx.Linear(4, 2, rngs=nnx.Rngs(0))), T, "of a Flax NNX module nnx.state(module)"),
     ("save under jit", lambda: jax.jit(lambda w: save({"a": w}))(W), T, "is traced and has no values: save outside"),
     ("save a sparse array of JAX", lambda: save({"a": jw.sparse.to_bcoo(W)}), T, "a PackedArray or a BlockSparse"),
     ("save with a point in a key", lambda: save({"a": {"b.c": W}}), V, "the key 'b.c' at 'a' has a \".\""),

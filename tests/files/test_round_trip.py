@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from files.oracles import assert_same, bits_of, halves, leaves, normal, oracle
+from flax import nnx
 
 import jaxweights as jw
 from jaxweights import files
@@ -81,6 +82,31 @@ def test_arrays_of_every_dtype_come_back_in_trees_of_any_kind(tmp_path):
     listed = [jnp.ones(1), {"a": jnp.ones(2)}]
     files.save(tmp_path / "m.safetensors", listed)
     assert_same(files.load(tmp_path / "m.safetensors"), listed)
+
+
+def test_the_state_of_an_nnx_module_comes_back_for_update(tmp_path):
+    def model(seed):
+        rngs = nnx.Rngs(seed)
+        return nnx.Sequential(nnx.Linear(8, 4, rngs=rngs), nnx.relu, nnx.BatchNorm(4, rngs=rngs))
+
+    saved, other = model(0), model(1)
+    saved(jnp.arange(24.0).reshape(3, 8))  # moves the running averages
+    files.save(tmp_path / "m.safetensors", nnx.state(saved))
+    loaded = files.load(tmp_path / "m.safetensors")
+    assert_same(loaded, nnx.to_pure_dict(nnx.state(saved)))
+    nnx.update(other, loaded)
+    assert_same(nnx.to_pure_dict(nnx.state(other)), nnx.to_pure_dict(nnx.state(saved)))
+    small = jw.nnx.compress(saved, [jnp.ones((2, 8))], jw.methods.RoundToNearest(4))
+    files.save(tmp_path / "s.safetensors", nnx.state(small))
+    kernel = files.load(tmp_path / "s.safetensors")["layers"][0]["kernel"]
+    assert str(kernel.format) == "int4"
+    np.testing.assert_array_equal(kernel.todense(), nnx.to_pure_dict(nnx.state(small))["layers"][0]["kernel"].todense())
+    # Keys are no weights: the error says how to leave them out.
+    saved = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+    with pytest.raises(TypeError, match=r"nnx.state\(module, nnx.Not\(nnx.RngState\)\)"):
+        files.save(tmp_path / "s.safetensors", nnx.state(saved))
+    files.save(tmp_path / "s.safetensors", nnx.state(saved, nnx.Not(nnx.RngState)))
+    nnx.update(saved, files.load(tmp_path / "s.safetensors"))
 
 
 def test_what_is_saved_is_plain_to_the_safetensors_package_and_what_it_saves_is_loaded(tmp_path):
