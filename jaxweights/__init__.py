@@ -109,7 +109,7 @@ from jaxweights.techniques.weight_sharing import (
 if TYPE_CHECKING:
     from jaxweights import files, linen, nnx
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LSQ",
