@@ -1,8 +1,10 @@
 """Settings of the documentation. Build it from the root of the repository, with the extra `docs` installed:
 
-    sphinx-build -W docs docs/_build
+    sphinx-build -W --keep-going -j 2 docs docs/_build/html
 
 Nothing is fetched: formulas are MathML, pictures come from pictures.py, links to other packages from inventories.py.
+The notebooks of guides/ are executed. docs/_build/.jupyter_cache keeps their outputs until their code changes:
+delete it after a change of the library.
 """
 
 import os
@@ -12,6 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "extensions")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Notebooks show their pictures, and `!jaxweights` is the command of this environment.
+os.environ.pop("MPLBACKEND", None)
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 import inventories  # noqa: E402
 
@@ -28,11 +33,15 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
     # In extensions/.
+    "breaks",
+    "described",
     "docstrings",
     "drawn",
+    "executed",
     "inserts",
     "links",
     "mathml",
+    "titles",
 ]
 exclude_patterns = ["_build", "extensions"]
 nitpicky = False
@@ -41,16 +50,27 @@ html_theme = "furo"
 html_title = f"jaxweights {release}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
+html_favicon = "_static/icon.svg"
 html_copy_source = False
 html_show_sourcelink = False
 html_show_copyright = False
 html_math_renderer = "mathml"
 templates_path = []
 
-# Markdown. tests/docs/test_pages.py runs the code blocks, tests/test_examples.py the notebooks, and the build neither.
+# Markdown. tests/docs/test_pages.py runs the code blocks of pages.
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"
+
+# The notebooks, which this build runs: each once, in a kernel of this environment. What fails is a warning, with its
+# traceback, and so is anything that a cell writes to stderr.
+nb_execution_mode = "cache"
+nb_execution_in_temp = True
+nb_execution_timeout = 120
+nb_execution_show_tb = True
+nb_kernel_rgx_aliases = {".*": "python3"}
+nb_merge_streams = True
+nb_output_stderr = "warn"
+
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 

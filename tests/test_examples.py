@@ -4,10 +4,8 @@ import runpy
 import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
-from nbclient import NotebookClient
 
 import jaxweights as jw
 
@@ -190,16 +188,6 @@ def test_exported_weights_are_those_of_the_model(results, backend):
 @pytest.mark.parametrize("backend", ["linen", "nnx"])
 def test_the_picture_is_small(results, backend):
     assert 20_000 < (results[1] / f"{backend}.png").stat().st_size < 500_000
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_the_notebook_runs_and_stores_no_output():
-    notebook = nbformat.read(EXAMPLES / "ten_techniques.ipynb", as_version=4)
-    assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code")
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    text = "".join(o.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs)
-    assert "zeros in the second layer 80.0%" in text
 
 
 @pytest.mark.slow
