@@ -54,6 +54,7 @@ html_favicon = "_static/icon.svg"
 html_copy_source = False
 html_show_sourcelink = False
 html_show_copyright = False
+html_domain_indices = False  # the reference is the index of modules
 html_math_renderer = "mathml"
 templates_path = []
 
