@@ -2,12 +2,13 @@
 
     python benchmarks/deep_compression.py --work FOLDER
 
-Each network is trained dense. That is the baseline, and the teacher in what follows, where half of the loss is by
-the teacher's logits: gradual pruning by magnitude, then k-means of the weights that are left, then training of the
-codebooks. The result is saved with `entropy_coding=True`; it is the loaded file that is tested.
+Both LeNets are trained dense with each seed. That is the baseline. The mean of the dense LeNet-5's is the teacher in
+what follows, where half of the loss is by its logits: gradual pruning by magnitude, then k-means of the weights that
+are left, then training of the codebooks. The result is saved with `entropy_coding=True`; it is the loaded file that is
+tested. The control, "distilled", is the dense network trained on with the teacher: what the teacher alone gives.
 
-With --validation, the last 5,000 training images are held out and tested instead of the test images. FOLDER keeps the
-files and results of each run, and a run that is in it is not repeated.
+With --validation, the last 5,000 training images are held out and tested instead of the test images: the recipes were
+chosen so. FOLDER keeps the files and results of each run, and a run that is in it is not repeated.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compression_others as others
+import compression_stages as stages
 import jax
 import jax.numpy as jnp
 import lenets
 import numpy as np
-import optax
+from compression_stages import RECIPES, Recipe
 from deep_compression_chart import draw
-from lenets import Images, Network
+from lenets import Images
 from rich import box
 from rich.table import Table
 from script import environment, parser, terminal, write
@@ -38,116 +41,13 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import image_data
 
 SEEDS = (0, 1, 2)
+TEACHERS, OTHERS = "LeNet-5", "LeNet-300-100"
+"""The network whose dense weights are the teacher, and the one for which other ways are measured."""
 PAPER = {
-    "LeNet-300-100": {"dense": 1070, "file": 27, "shared": 32, "coded": 40, "error": (1.64, 1.58), "goal": 40},
-    "LeNet-5": {"dense": 1720, "file": 44, "shared": 33, "coded": 39, "error": (0.80, 0.74), "goal": 39},
+    "LeNet-300-100": {"dense": 1070, "file": 27, "pruned": 12, "shared": 32, "coded": 40, "error": (1.64, 1.58)},
+    "LeNet-5": {"dense": 1720, "file": 44, "pruned": 12, "shared": 33, "coded": 39, "error": (0.80, 0.74)},
 }
-"""KB, ratios and errors in % on MNIST (tables 1 to 3 of Han, Mao and Dally, arXiv:1510.00149)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a network is trained and compressed.
-
-    Attributes:
-      network: the network.
-      epochs: of the dense training, of pruning, and of training the codebooks.
-      sparsity: the fraction of zeros of each layer.
-      values: the number of shared values of each layer, besides 0.
-      rate: the highest learning rate; a tenth of it for codebooks.
-      decay: weight decay of the dense training, in units of the learning rate. After it there is none.
-    """
-
-    network: Network
-    epochs: tuple[int, int, int]
-    sparsity: dict[str, float]
-    values: dict[str, int]
-    rate: float = 2e-3
-    decay: float = 1e-4
-
-
-RECIPES = {
-    "LeNet-300-100": Recipe(
-        lenets.LENET_300_100,
-        (30, 30, 8),
-        {"fc1": 0.915, "fc2": 0.87, "fc3": 0.5},
-        {"fc1": 8, "fc2": 8, "fc3": 8},
-        decay=0.1,
-    ),
-    "LeNet-5": Recipe(
-        lenets.LENET_5,
-        (8, 6, 2),
-        {"conv1": 0.34, "conv2": 0.85, "fc1": 0.915, "fc2": 0.81},
-        {"conv1": 16, "conv2": 16, "fc1": 8, "fc2": 8},
-    ),
-}
-
-
-def optimizer(recipe: Recipe, epochs: int, data: Images, scale: float = 1.0) -> optax.GradientTransformation:
-    """Adam with weight decay. The learning rate rises for a twentieth of the steps, and falls along a cosine."""
-    steps = steps_of(epochs, data)
-    rate = optax.warmup_cosine_decay_schedule(0, scale * recipe.rate, steps // 20, steps)
-    return optax.adamw(rate, weight_decay=recipe.decay)
-
-
-def steps_of(epochs: int, data: Images) -> int:
-    return max(epochs * (len(data.labels) // lenets.BATCH), 1)
-
-
-def train_dense(recipe: Recipe, data: Images, seed: int) -> Any:
-    first = recipe.network.init(jax.random.key(seed))
-    epochs = recipe.epochs[0]
-    return lenets.fit(recipe.network.forward, first, optimizer(recipe, epochs, data), data, epochs, seed)
-
-
-def prune(recipe: Recipe, dense: Any, data: Images, teacher: np.ndarray, seed: int) -> Any:
-    """Prunes by magnitude, from a tenth to six tenths of the steps."""
-    epochs = recipe.epochs[1]
-    steps = steps_of(epochs, data)
-    rules = {
-        f"{layer}/kernel": jw.Prune(
-            jw.pruning.PolynomialSparsity(sparsity, steps // 10, 6 * steps // 10, every=max(steps // 50, 1))
-        )
-        for layer, sparsity in recipe.sparsity.items()
-    }
-    tx = jw.confine(optimizer(dataclasses.replace(recipe, decay=0.0), epochs, data), rules)
-    return lenets.fit(recipe.network.forward, dense, tx, data, epochs, seed + 100, teacher)
-
-
-def share(recipe: Recipe, weights: Any) -> tuple[Any, Any]:
-    """({layer: codebook, bias}, {layer: index}): k-means of the weights that are not 0."""
-    shared, index = {}, {}
-    for layer, w in weights.items():
-        codebook, index[layer] = jw.cluster(w["kernel"], recipe.values[layer], start="optimal", keep_zeros=True)
-        shared[layer] = {"codebook": codebook, "bias": w["bias"]}
-    return shared, index
-
-
-def looked_up(shared: Any, index: Any) -> Any:
-    """The weights of codebooks."""
-    return {layer: {"kernel": jw.share(w["codebook"], index[layer]), "bias": w["bias"]} for layer, w in shared.items()}
-
-
-def retrain(recipe: Recipe, shared: Any, index: Any, data: Images, teacher: np.ndarray, seed: int) -> Any:
-    """Trains the codebooks and biases. The gradient of a value is the sum over the weights that share it."""
-    epochs = recipe.epochs[2]
-
-    def forward(shared, images):
-        return recipe.network.forward(looked_up(shared, index), images)
-
-    tx = optimizer(dataclasses.replace(recipe, decay=0.0), epochs, data, 0.25)
-    return lenets.fit(forward, shared, tx, data, epochs, seed + 200, teacher)
-
-
-def stored(shared: Any, index: Any) -> Any:
-    """The weights as they are saved: codes and codebooks, and biases of 16 bits."""
-    return {
-        layer: {
-            "kernel": jw.store_clusters(w["codebook"], index[layer], has_zeros=True),
-            "bias": w["bias"].astype(jnp.float16),
-        }
-        for layer, w in shared.items()
-    }
+"""KB, ratios and errors in % on MNIST (Han, Mao and Dally, arXiv:1510.00149)."""
 
 
 def same(a: Any, b: Any) -> bool:
@@ -160,46 +60,75 @@ def same(a: Any, b: Any) -> bool:
     )
 
 
-def teacher_logits(network: Network, dense: Any, data: Images) -> np.ndarray:
-    """The logits of all images and of their mirror images."""
-    return np.stack([lenets.logits(network.forward, dense, x) for x in (data.images, data.images[:, :, ::-1])])
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One network with one seed, in a folder of its own.
 
+    Attributes:
+      recipe, seed: what is run.
+      data, test: the images.
+      folder: where files and results are kept.
+    """
 
-def compress(recipe: Recipe, data: Images, test: Images, seed: int, work: Path) -> dict[str, Any]:
-    """All stages for one seed: accuracy and bytes of each."""
-    network = recipe.network
-    stages: dict[str, Any] = {}
+    recipe: Recipe
+    seed: int
+    data: Images
+    test: Images
+    folder: Path
 
-    def stage(name: str, weights: Any, entropy_coding: bool = False) -> Path:
-        path = work / f"{network.name}-{seed}-{name}.safetensors"
-        files.save(path, weights, entropy_coding=entropy_coding)
-        dense = jw.densify(files.load(path))
-        stages[name] = {
-            "accuracy": lenets.accuracy(network.forward, dense, test),
+    def path(self, name: str, suffix: str = "safetensors") -> Path:
+        return self.folder / f"{self.recipe.network.name}-{self.seed}-{name}.{suffix}"
+
+    def made(self, name: str, make: Callable[[], Any], entropy_coding: bool = False) -> Any:
+        """The weights in the file of this name; `make` makes them, once."""
+        path = self.path(name)
+        if not path.exists():
+            files.save(path, make(), entropy_coding=entropy_coding)
+        return files.load(path)
+
+    def measured(self, name: str) -> dict[str, Any]:
+        """Accuracy and bytes of the file of this name."""
+        path = self.path(name)
+        weights = jw.densify(files.load(path))
+        return {
+            "accuracy": lenets.accuracy(self.recipe.network.forward, weights, self.test),
             "bytes": path.stat().st_size,
-            "zeros": {layer: float(jnp.mean(w["kernel"] == 0)) for layer, w in dense.items()},
+            "zeros": {layer: float(jnp.mean(w["kernel"] == 0)) for layer, w in weights.items()},
         }
-        return path
 
-    known = work / f"{network.name}-{seed}-dense.safetensors"
-    dense = files.load(known) if known.exists() else train_dense(recipe, data, seed)
-    stage("dense", dense)
-    teacher = teacher_logits(network, dense, data)
-    pruned = prune(recipe, dense, data, teacher, seed)
-    stage("pruned", pruned, entropy_coding=True)
-    shared, index = share(recipe, pruned)
-    stage("shared", stored(shared, index))
-    result = stored(retrain(recipe, shared, index, data, teacher, seed), index)
-    stage("retrained", result)
-    path = stage("coded", result, entropy_coding=True)
-    return {
-        "network": network.name,
-        "seed": seed,
-        "stages": stages,
-        "ratio": stages["dense"]["bytes"] / stages["coded"]["bytes"],
-        "gain": stages["coded"]["accuracy"] - stages["dense"]["accuracy"],
-        "same": same(files.load(path), result),
-    }
+    def dense(self) -> Any:
+        return self.made("dense", lambda: stages.train_dense(self.recipe, self.data, self.seed))
+
+    def result(self, teacher: np.ndarray) -> dict[str, Any]:
+        """All stages: accuracy and bytes of each."""
+        recipe, dense = self.recipe, self.dense()
+        training = (self.data, teacher, self.seed)
+        self.made("distilled", lambda: stages.train_on(recipe, dense, *training))
+        pruned = self.made("pruned", lambda: stages.prune(recipe, dense, *training), entropy_coding=True)
+        shared, index = stages.share(recipe, pruned)
+        self.made("shared", lambda: stages.stored(shared, index))
+        retrained = self.made(
+            "retrained", lambda: stages.stored(stages.retrain(recipe, shared, index, *training), index)
+        )
+        coded = self.made("coded", lambda: retrained, entropy_coding=True)
+        found = {name: self.measured(name) for name in STAGES}
+        return {
+            "network": recipe.network.name,
+            "seed": self.seed,
+            "stages": found,
+            "ratio": found["dense"]["bytes"] / found["coded"]["bytes"],
+            "gain": found["coded"]["accuracy"] - found["dense"]["accuracy"],
+            "same": same(coded, retrained),
+        }
+
+    def others(self, teacher: np.ndarray) -> dict[str, Any]:
+        """Accuracy and bytes of other ways."""
+        pruned = files.load(self.path("pruned"))
+        found = {}
+        for i, (name, make) in enumerate(others.ways(self.recipe, self.dense(), pruned, self.data, teacher, self.seed)):
+            self.made(f"other{i}", make, entropy_coding=True)
+            found[name] = self.measured(f"other{i}")
+        return found
 
 
 def remembered(path: Path, run: Callable[[], Any]) -> Any:
@@ -207,10 +136,6 @@ def remembered(path: Path, run: Callable[[], Any]) -> Any:
     if not path.exists():
         path.write_text(json.dumps(run(), indent=1))
     return json.loads(path.read_text())
-
-
-def quick(recipe: Recipe) -> Recipe:
-    return dataclasses.replace(recipe, epochs=(1, 1, 1))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -223,29 +148,43 @@ def main(arguments: list[str] | None = None) -> None:
     everything = image_data.load("fashion-mnist")
     data = Images(everything.train_images, everything.train_labels)
     test = Images(everything.test_images, everything.test_labels)
+    recipes = RECIPES
     if options.validation:
         data, test = Images(*(a[:-5000] for a in data)), Images(*(a[-5000:] for a in data))
     if options.quick:
         data, test = Images(*(a[:512] for a in data)), Images(*(a[:500] for a in test))
-        options.only, options.seeds = options.only[:1], [0]
+        options.only, options.seeds = ["LeNet-300-100"], [0]
+        recipes = {name: dataclasses.replace(recipe, epochs=(1, 1, 1, 1)) for name, recipe in RECIPES.items()}
     console = terminal()
-    runs = []
+    results, other = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        for name in options.only:
-            recipe = quick(RECIPES[name]) if options.quick else RECIPES[name]
-            for seed in options.seeds:
-                path = work / f"{name}-{seed}.json"
-                runs.append(remembered(path, lambda: compress(recipe, data, test, seed, work)))  # noqa: B023
-                show(console, runs[-1])
+        runs = {
+            name: [Run(recipe, seed, data, test, work) for seed in options.seeds] for name, recipe in recipes.items()
+        }
+        teacher = np.mean([stages.logits_of(run.recipe.network, run.dense(), data) for run in runs[TEACHERS]], 0)
+        for run in (run for name in options.only for run in runs[name]):
+            results.append(remembered(run.path("stages", "json"), lambda: run.result(teacher)))  # noqa: B023
+            show(console, results[-1])
+        if OTHERS in options.only:
+            first = runs[OTHERS][0]
+            other = remembered(first.path("others", "json"), lambda: first.others(teacher))
+            show_others(console, other, results[0]["stages"]["dense"])
     if not options.validation:
-        report = {"quick": options.quick, "environment": environment("constriction"), "paper": PAPER, "results": runs}
+        report = {
+            "quick": options.quick,
+            "environment": environment("constriction"),
+            "paper": PAPER,
+            "results": results,
+            "others": {"network": OTHERS, "seed": options.seeds[0], "ways": other},
+        }
         write(report, options.out, "deep_compression", draw)
 
 
 STAGES = {
     "dense": "dense, float32",
+    "distilled": "dense, distilled",
     "pruned": "pruned, zeros coded",
     "shared": "shared, stored codes",
     "retrained": "codebooks retrained",
@@ -253,15 +192,30 @@ STAGES = {
 }
 
 
+def columns(title: str, first: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in (first, "accuracy", "bytes", "ratio"):
+        table.add_column(column, justify="left" if column == first else "right")
+    return table
+
+
+def cells(found: dict[str, Any], dense: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{100 * found['accuracy']:.2f}%", f"{found['bytes']:,}", f"{dense['bytes'] / found['bytes']:.1f}"
+
+
 def show(console: Any, run: dict[str, Any]) -> None:
     """Prints the stages of a run."""
-    table = Table(title=f"{run['network']}, seed {run['seed']}", box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("stage", "accuracy", "bytes", "ratio"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    dense = run["stages"]["dense"]["bytes"]
+    table = columns(f"{run['network']}, seed {run['seed']}", "stage")
     for name, title in STAGES.items():
-        s = run["stages"][name]
-        table.add_row(title, f"{100 * s['accuracy']:.2f}%", f"{s['bytes']:,}", f"{dense / s['bytes']:.1f}")
+        table.add_row(title, *cells(run["stages"][name], run["stages"]["dense"]))
+    console.print(table)
+
+
+def show_others(console: Any, ways: dict[str, Any], dense: dict[str, Any]) -> None:
+    """Prints the other ways."""
+    table = columns(f"{OTHERS}: other ways, entropy-coded", "way")
+    for name, found in ways.items():
+        table.add_row(name, *cells(found, dense))
     console.print(table)
 
 

@@ -23,7 +23,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Draws a column for each network: ratios above, change of the accuracy of each seed below."""
     names = list(dict.fromkeys(run["network"] for run in report["results"]))
     figure, panels = plt.subplots(
-        2, len(names), figsize=(5 * len(names), 6), sharex=True, squeeze=False, layout="constrained"
+        2, len(names), figsize=(5 * len(names), 6), sharex=True, sharey="row", squeeze=False, layout="constrained"
     )
     for name, (ratios, changes) in zip(names, panels.T, strict=True):
         runs = [run for run in report["results"] if run["network"] == name]

@@ -18,6 +18,7 @@ from compression_figures import (
     quantized_minilm,
     quantized_mobilenet,
 )
+from deep_compression_figures import deep_compression, other_ways
 from reports import FILES, column, number, read, table
 
 REGION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.S)
@@ -232,5 +233,6 @@ REGIONS = {
     for f in (
         *(versions, headlines, minilm, sparse_training, gan, stochastic_rounding, accuracy, speed, clients),
         *(compressed_minilm, quantized_minilm, quantized_mobilenet, quantized_layers, low_bit, clustering),
+        *(deep_compression, other_ways),
     )
 }

@@ -21,6 +21,7 @@ FILES = {
             "quantization",
             "low_bit",
             "clustering",
+            "deep_compression",
         )
     },
     **{

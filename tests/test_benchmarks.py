@@ -76,9 +76,12 @@ def test_products_with_low_bit_weights(tmp_path):
 @pytest.mark.slow
 def test_deep_compression(tmp_path):
     pytest.importorskip("constriction", reason="needs the package constriction")
-    (run,) = quick("deep_compression", tmp_path)[0]["results"]
+    report, out = quick("deep_compression", tmp_path)
+    (run,) = report["results"]
     assert run["same"] and run["ratio"] > 35  # the sizes follow from the sparsities, however short the training
-    assert set(run["stages"]) == {"dense", "pruned", "shared", "retrained", "coded"}
+    assert set(run["stages"]) == {"dense", "distilled", "pruned", "shared", "retrained", "coded"}
+    for name, way in report["others"]["ways"].items():
+        assert name in out and way["bytes"] < run["stages"]["dense"]["bytes"] / 7
 
 
 @pytest.mark.slow

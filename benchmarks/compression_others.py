@@ -1,0 +1,77 @@
+"""Other ways to a small network, with the coder of Deep Compression: 2:4, RigL, GPTQ and mixed bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import compression_stages as stages
+import jax
+import lenets
+import numpy as np
+import optax
+from compression_stages import Recipe
+from lenets import Images
+
+import jaxweights as jw
+
+CALIBRATED = 10_000
+"""The number of training images that the methods with data see."""
+
+
+def two_of_four(recipe: Recipe, dense: Any, data: Images, teacher: np.ndarray, seed: int) -> Any:
+    """Keeps 2 of every 4 inputs by magnitude, and trains on within the mask; then clusters."""
+    epochs = recipe.epochs[2]
+    tx = jw.confine(stages.optimizer(recipe, epochs, data), jw.Prune((2, 4)), where="*/kernel")
+    pruned = lenets.fit(recipe.network.forward, dense, tx, data, epochs, seed + 100, teacher)
+    return stages.shared_and_retrained(recipe, pruned, data, teacher, seed)
+
+
+def rigl(recipe: Recipe, dense: Any, data: Images, teacher: np.ndarray, seed: int) -> Any:
+    """Trains with few weights from the start, for as many epochs as dense training and pruning; then clusters."""
+    epochs = recipe.epochs[0] + recipe.epochs[2]
+    fraction = optax.cosine_decay_schedule(0.3, int(0.75 * stages.steps_of(epochs, data)))
+    rules = {
+        f"{layer}/kernel": jw.Regrow(jw.Prune(sparsity, score=jw.scores.random), fraction=fraction)
+        for layer, sparsity in recipe.sparsity.items()
+    }
+    tx = jw.confine(stages.optimizer(recipe, epochs, data), rules)
+    first = recipe.network.init(jax.random.key(seed))
+    sparse = lenets.fit(recipe.network.forward, first, tx, data, epochs, seed, teacher)
+    return stages.shared_and_retrained(recipe, sparse, data, teacher, seed)
+
+
+def one_shot(recipe: Recipe, weights: Any, data: Images, method: Any) -> Any:
+    """Stores weights by a method with data, without training."""
+    batches = np.split(data.images[: len(data.images) // 1000 * 1000 or None][:CALIBRATED], _parts(data))
+    return stages.short_biases(jw.compress(recipe.network.forward, weights, batches, method))
+
+
+def _parts(data: Images) -> int:
+    return max(min(len(data.images), CALIBRATED) // 1000, 1)
+
+
+def gptq(bits: int) -> jw.methods.GPTQ:
+    return jw.methods.GPTQ(jw.formats.integers(bits, scale="float16"), range=jw.ranges.MSE())
+
+
+def mixed(recipe: Recipe, dense: Any, data: Images, bits: float) -> Any:
+    """Rounds by GPTQ with the bits of each layer chosen so that the logits change least."""
+    calibration = jw.capture(recipe.network.forward, dense, [data.images[:CALIBRATED]])
+    found = jw.mixed_bits(
+        recipe.network.forward, dense, [data.images[:1000]], [gptq(n) for n in (2, 3, 4, 5, 6)], bits=bits
+    )
+    return stages.short_biases(jw.one_shot(dense, found.rules, calibration))
+
+
+def ways(
+    recipe: Recipe, dense: Any, pruned: Any, data: Images, teacher: np.ndarray, seed: int
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The names of the ways, each with the function that makes the stored weights."""
+    yield "2:4, 8 values, codebooks trained", lambda: two_of_four(recipe, dense, data, teacher, seed)
+    yield "RigL, 8 values, codebooks trained", lambda: rigl(recipe, dense, data, teacher, seed)
+    for bits in (4, 3, 2):
+        yield f"GPTQ, {bits} bits", lambda bits=bits: one_shot(recipe, dense, data, gptq(bits))
+    yield "mixed bits by GPTQ, 3 on average", lambda: mixed(recipe, dense, data, 3.0)
+    for bits in (4, 3):
+        yield f"pruned, GPTQ, {bits} bits", lambda bits=bits: one_shot(recipe, pruned, data, gptq(bits))
