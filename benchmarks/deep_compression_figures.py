@@ -28,6 +28,7 @@ def deep_compression() -> str:
         runs = [run["stages"] for run in report["results"] if run["network"] == name]
         columns.append([f"{name}: times smaller", *(spread(ratios(runs, stage), 1) for stage in STAGES)])
         columns.append([f"{name}: accuracy, %", *(spread(accuracies(runs, stage), 2) for stage in STAGES)])
+        columns.append([f"{name}: change, points", *(change(runs, stage) for stage in STAGES)])
         columns.append(
             [f"{name} in the paper: times smaller", *(str(paper[IN_PAPER[s]]) if s in IN_PAPER else "" for s in STAGES)]
         )
@@ -58,6 +59,11 @@ def ratios(runs: list[dict[str, Any]], stage: str) -> list[float]:
 
 def accuracies(runs: list[dict[str, Any]], stage: str) -> list[float]:
     return [100 * run[stage]["accuracy"] for run in runs]
+
+
+def change(runs: list[dict[str, Any]], stage: str) -> str:
+    """Mean change against the dense networks of the same seeds."""
+    return f"{np.mean(accuracies(runs, stage)) - np.mean(accuracies(runs, 'dense')):+.2f}"
 
 
 def spread(values: list[float], digits: int) -> str:
