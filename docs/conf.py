@@ -66,7 +66,7 @@ myst_heading_anchors = 3
 # traceback, and so is anything that a cell writes to stderr.
 nb_execution_mode = "cache"
 nb_execution_in_temp = True
-nb_execution_timeout = 120
+nb_execution_timeout = 300  # seconds a cell; on a busy machine they add up
 nb_execution_show_tb = True
 nb_kernel_rgx_aliases = {".*": "python3"}
 nb_merge_streams = True
