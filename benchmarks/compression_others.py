@@ -16,7 +16,6 @@ from lenets import Images
 import jaxweights as jw
 
 CALIBRATED = 10_000
-"""The number of training images that the methods with data see."""
 
 
 def two_of_four(recipe: Recipe, dense: Any, data: Images, teacher: np.ndarray, seed: int) -> Any:
@@ -41,14 +40,14 @@ def rigl(recipe: Recipe, dense: Any, data: Images, teacher: np.ndarray, seed: in
     return stages.shared_and_retrained(recipe, sparse, data, teacher, seed)
 
 
+def batches(data: Images) -> list[np.ndarray]:
+    """The images that the methods with data see."""
+    return [data.images[i : i + 1000] for i in range(0, min(len(data.images), CALIBRATED), 1000)]
+
+
 def one_shot(recipe: Recipe, weights: Any, data: Images, method: Any) -> Any:
     """Stores weights by a method with data, without training."""
-    batches = np.split(data.images[: len(data.images) // 1000 * 1000 or None][:CALIBRATED], _parts(data))
-    return stages.short_biases(jw.compress(recipe.network.forward, weights, batches, method))
-
-
-def _parts(data: Images) -> int:
-    return max(min(len(data.images), CALIBRATED) // 1000, 1)
+    return stages.short_biases(jw.compress(recipe.network.forward, weights, batches(data), method))
 
 
 def gptq(bits: int) -> jw.methods.GPTQ:
@@ -57,11 +56,9 @@ def gptq(bits: int) -> jw.methods.GPTQ:
 
 def mixed(recipe: Recipe, dense: Any, data: Images, bits: float) -> Any:
     """Rounds by GPTQ with the bits of each layer chosen so that the logits change least."""
-    calibration = jw.capture(recipe.network.forward, dense, [data.images[:CALIBRATED]])
-    found = jw.mixed_bits(
-        recipe.network.forward, dense, [data.images[:1000]], [gptq(n) for n in (2, 3, 4, 5, 6)], bits=bits
-    )
-    return stages.short_biases(jw.one_shot(dense, found.rules, calibration))
+    candidates = [gptq(n) for n in (2, 3, 4, 5, 6)]
+    found = jw.mixed_bits(recipe.network.forward, dense, batches(data)[:1], candidates, bits=bits)
+    return one_shot(recipe, dense, data, found.rules)
 
 
 def ways(

@@ -29,6 +29,7 @@ import lenets
 import numpy as np
 from compression_stages import RECIPES, Recipe
 from deep_compression_chart import draw
+from deep_compression_figures import STAGES
 from lenets import Images
 from rich import box
 from rich.table import Table
@@ -180,16 +181,6 @@ def main(arguments: list[str] | None = None) -> None:
             "others": {"network": OTHERS, "seed": options.seeds[0], "ways": other},
         }
         write(report, options.out, "deep_compression", draw)
-
-
-STAGES = {
-    "dense": "dense, float32",
-    "distilled": "dense, distilled",
-    "pruned": "pruned, zeros coded",
-    "shared": "shared, stored codes",
-    "retrained": "codebooks retrained",
-    "coded": "entropy-coded",
-}
 
 
 def columns(title: str, first: str) -> Table:
