@@ -76,6 +76,8 @@ def test_products_with_low_bit_weights(tmp_path):
 @pytest.mark.slow
 def test_deep_compression(tmp_path):
     pytest.importorskip("constriction", reason="needs the package constriction")
+    if not Path("/usr/share/datasets/fashion-mnist").exists():
+        pytest.skip("Fashion-MNIST is missing: install it with `apt install dataset-fashion-mnist`")
     report, out = quick("deep_compression", tmp_path)
     (run,) = report["results"]
     assert run["same"] and run["ratio"] > 35  # the sizes follow from the sparsities, however short the training

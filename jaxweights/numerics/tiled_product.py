@@ -9,13 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_FEW_ROWS = 8  # of x: then the time goes into making tiles, and smaller tiles, which stay in the cache, are faster
-_ENTRIES_FOR_FEW, _ENTRIES = 2**18, 2**20  # of a tile
+_FEW_ROWS = 32  # of x: then most of the time goes into making tiles, and those that stay in the cache are faster
+_ENTRIES_FOR_FEW, _ENTRIES = 2**19, 2**20  # of a tile
+_AT_ONCE_FOR_FEW = 2  # tiles: the cores of a CPU make one while they multiply by the other
 _LEAST = 32  # rows of a tile
 
 
 def tiled_product(
-    x: jax.Array, columns: int, size: int, tile: Callable[[jax.Array | int, int], jax.Array]
+    x: jax.Array,
+    columns: int,
+    size: int,
+    tile: Callable[[jax.Array | int, int], jax.Array],
+    scale: Callable[[jax.Array | int], jax.Array] | None = None,
 ) -> jax.Array:
     """x @ w for x (M, K) and a matrix w (K, N) that is made of tiles of `size` rows, in the dtype of x.
 
@@ -26,10 +31,12 @@ def tiled_product(
       columns: N.
       size: number of rows of a tile.
       tile: (i, n) -> the first n rows of tile i, an array (n, N); n = size for all but the last.
+      scale: i -> what the product with tile i is multiplied by, (1, N) or (1, 1): cheaper than in `tile`.
     """
 
     def add(y: jax.Array, part: jax.Array, i: jax.Array | int) -> jax.Array:
-        return y + jnp.matmul(part, tile(i, part.shape[1]).astype(x.dtype), precision="highest")
+        product = jnp.matmul(part, tile(i, part.shape[1]).astype(x.dtype), precision="highest")
+        return y + (product if scale is None else product * scale(i).astype(x.dtype))
 
     y, (whole, rest) = jnp.zeros((x.shape[0], columns), x.dtype), divmod(x.shape[1], size)
     if whole:
@@ -43,7 +50,8 @@ def tiled_product(
             part = lax.dynamic_slice_in_dim(x, i * size, size, 1)
             return (step(y, part, i), lax.optimization_barrier(x)), None
 
-        (y, _), _ = lax.scan(visit, (y, x), jnp.arange(1, whole))
+        at_once = _AT_ONCE_FOR_FEW if x.shape[0] <= _FEW_ROWS else 1
+        (y, _), _ = lax.scan(visit, (y, x), jnp.arange(1, whole), unroll=at_once)
     return add(y, x[:, whole * size :], whole) if rest else y
 
 
@@ -51,9 +59,9 @@ def rows_of_tile(m: int, rows: int, columns: int, period: int, block: int = 1) -
     """Rows of a tile for m rows of x: whole periods and whole blocks, or whole parts of a block, if possible.
 
     >>> rows_of_tile(1, 4096, 4096, 8), rows_of_tile(16, 4096, 4096, 8, 96)
-    (64, 192)
+    (128, 96)
     """
-    most = max((_ENTRIES_FOR_FEW if m < _FEW_ROWS else _ENTRIES) // max(columns, 1), _LEAST)
+    most = max((_ENTRIES_FOR_FEW if m <= _FEW_ROWS else _ENTRIES) // max(columns, 1), _LEAST)
     both = math.lcm(period, block)
     if both <= most:
         size = most // both * both

@@ -191,7 +191,7 @@ def test_no_dense_weight_is_made(k, m, optimizing):
 
 
 def test_a_loop_with_the_same_weight_does_not_look_it_up_ahead(optimizing):
-    q = jax.eval_shape(lambda: jw.store_clusters(*map(jnp.asarray, clusters((1024, 1024), 64)), has_zeros=False))
+    q = jax.eval_shape(lambda: jw.store_clusters(*map(jnp.asarray, clusters((2048, 2048), 64)), has_zeros=False))
     f = jax.jit(lambda h, q: jax.lax.scan(lambda h, _: (jnp.tanh(h @ q), None), h, None, length=20)[0])
-    memory = f.lower(jax.ShapeDtypeStruct((4, 1024), jnp.float32), q).compile(optimizing).memory_analysis()
-    assert memory.temp_size_in_bytes < 2 * 2**20  # half of the weight in float32
+    memory = f.lower(jax.ShapeDtypeStruct((4, 2048), jnp.float32), q).compile(optimizing).memory_analysis()
+    assert memory.temp_size_in_bytes < 8 * 2**20  # half of the weight in float32

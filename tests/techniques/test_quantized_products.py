@@ -176,12 +176,12 @@ def test_unsigned_codes_with_zero_points_lose_no_accuracy():
 
 
 def test_a_loop_with_the_same_weight_does_not_dequantize_it_ahead(optimizing):
-    q = jax.eval_shape(lambda w: jw.quantize(w, 4), jax.ShapeDtypeStruct((1024, 1024), jnp.float32))
+    q = jax.eval_shape(lambda w: jw.quantize(w, 4), jax.ShapeDtypeStruct((2048, 2048), jnp.float32))
     step = lambda q: lambda h, _: (jnp.tanh(h @ q), None)
     f = jax.jit(lambda h, q: jax.lax.scan(step(q), h, None, length=20)[0])
     for rows in (1, 4):
-        memory = f.lower(jax.ShapeDtypeStruct((rows, 1024), jnp.float32), q).compile(optimizing).memory_analysis()
-        assert memory.temp_size_in_bytes < 2 * 2**20  # half of the weight in float32
+        memory = f.lower(jax.ShapeDtypeStruct((rows, 2048), jnp.float32), q).compile(optimizing).memory_analysis()
+        assert memory.temp_size_in_bytes < 8 * 2**20  # half of the weight in float32
 
 
 def test_order_minima_and_input_scales_are_applied():

@@ -112,6 +112,18 @@ class Scales:
         assert self.format.outer is not None
         return values * _spread(self.outer.astype(jnp.float32), self.format.outer, self.codes.shape[-2])
 
+    def widened(self) -> Scales:
+        """The same in a dtype that is quick to read, where scales are read once for each row of their block."""
+        is_slow = self.format.dtype == "float8_e4m3fn"
+        return dataclasses.replace(self, codes=self.codes.astype(jnp.float16)) if is_slow else self
+
+    def of_blocks(self, start: jax.Array | int, n: int) -> jax.Array:
+        """The scales of n consecutive blocks of one matrix, float32 (n, columns)."""
+        if self.format.outer:
+            return jax.lax.dynamic_slice_in_dim(self.values(), start, n)
+        codes = jax.lax.dynamic_slice_in_dim(self.codes, start, n)
+        return dataclasses.replace(self, codes=codes).values()
+
 
 def _shared_max(scale: jax.Array, n_blocks: int) -> jax.Array:
     """The largest scale of each `n_blocks` blocks of a column; of all blocks and columns if it is 0."""

@@ -96,7 +96,7 @@ def _integer_times(codes: jax.Array, q: QuantizedArray, tile: int) -> jax.Array:
         y = add(y, codes[:, :tile], 0)
     if whole > 1:
         parts = codes[:, tile : whole * tile].reshape(m, whole - 1, tile).swapaxes(0, 1)
-        y, _ = lax.scan(lambda y, a: (add(y, *a), None), y, (parts, jnp.arange(1, whole)))
+        y, _ = lax.scan(lambda y, a: (add(y, *a), None), y, (parts, jnp.arange(1, whole)), unroll=2)
     if rows % tile:
         y = add(y, codes[:, whole * tile :], whole)
     return y if n_blocks > 1 else y * scale
