@@ -94,6 +94,34 @@ def clustering() -> str:
     return table([[heading, *cells] for heading, cells in columns.items()])
 
 
+def shared_products() -> str:
+    rows = read("sharing")["products"]
+    columns = [["pattern", *(r["pattern"] for r in rows)], ["values", *(f"{r['values']:,}" for r in rows)]]
+    for way, heading in (("forward", "x @ w"), ("gradient", "gradient")):
+        columns.append([f"{heading}, ms", *(f"{r[way]['ours_ms']:.2g}" for r in rows)])
+        columns.append([f"{heading}, dense, ms", *(f"{r[way]['theirs_ms']:.2g}" for r in rows)])
+    return table(columns)
+
+
+def sharing_applied() -> str:
+    rows = read("sharing")["apply"]
+    groups = list(dict.fromkeys(r["groups"] for r in rows))
+    found = {(r["groups"], r["learned"]): f"{r['ratio']['median']:.2f}" for r in rows}
+    columns = [["the value of a group", "the mean of its weights", "learned"]]
+    columns += [[f"{n} groups", found[n, False], found[n, True]] for n in groups]
+    return table(columns)
+
+
+def command_memory() -> str:
+    report = read("command_memory")
+    size = report["model"]["bytes"]
+    rows = [
+        [f"`{name}`", f"{r['seconds']:.0f}", f"{size / 1e6 / r['seconds']:.0f}", f"{r['tensors']:.1f}"]
+        for name, r in report["results"].items()
+    ]
+    return table([list(c) for c in zip(["command", "seconds", "MB/s", "peak, in tensors"], *rows, strict=True)])
+
+
 def by_method(rows: list[dict[str, Any]], key: str, form: str) -> list[list[str]]:
     """A column for each method and a line for each format, the best in bold."""
     formats = list(dict.fromkeys(r["format"] for r in rows))

@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 from compression_figures import (
     clustering,
+    command_memory,
     compressed_minilm,
     low_bit,
     quantized_layers,
     quantized_minilm,
     quantized_mobilenet,
+    shared_products,
+    sharing_applied,
 )
 from deep_compression_figures import deep_compression, other_ways
 from reports import FILES, column, number, read, table
@@ -233,6 +236,6 @@ REGIONS = {
     for f in (
         *(versions, headlines, minilm, sparse_training, gan, stochastic_rounding, accuracy, speed, clients),
         *(compressed_minilm, quantized_minilm, quantized_mobilenet, quantized_layers, low_bit, clustering),
-        *(deep_compression, other_ways),
+        *(deep_compression, other_ways, shared_products, sharing_applied, command_memory),
     )
 }

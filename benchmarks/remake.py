@@ -52,7 +52,7 @@ BENCHMARKS = {
     name: f"benchmarks/{name}.py"
     for name in (
         *("run", "spectral_norm", "norms", "selection", "sparse_matmul", "bf16_training", "clients"),
-        *("quantization", "low_bit", "clustering", "deep_compression"),
+        *("quantization", "low_bit", "clustering", "sharing", "deep_compression"),
     )
 }
 EXAMPLES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # and what of the results of `main` is kept

@@ -21,6 +21,8 @@ FILES = {
             "quantization",
             "low_bit",
             "clustering",
+            "sharing",
+            "command_memory",
             "deep_compression",
         )
     },

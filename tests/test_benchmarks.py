@@ -102,6 +102,15 @@ def test_clustering(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_sharing(tmp_path):
+    report, out = quick("sharing", tmp_path)
+    for result in report["products"]:
+        assert result["error"] < 1e-6 and result["pattern"] in out
+    assert {r["learned"] for r in report["apply"]} == {True, False}
+    assert all(r["ratio"]["median"] > 0 for r in report["apply"])
+
+
+@pytest.mark.slow
 def test_selection(tmp_path):
     results = quick("selection", tmp_path)[0]["results"]
     assert {(r["dtype"], r["other"]) for r in results} >= {("float32", "argsort"), ("bfloat16", "top_k")}

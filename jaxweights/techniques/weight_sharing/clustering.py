@@ -213,9 +213,14 @@ def _lloyd(cells: Cells, start: jax.Array) -> jax.Array:
 def _nearest(x: jax.Array, centroids: jax.Array) -> jax.Array:
     """The index of the centroid nearest to each entry, by bisection; ties go to the lower one."""
     midpoints = centroids[:-1] / 2 + centroids[1:] / 2
-    low = jnp.zeros(x.shape, jnp.int32)
-    for bit in reversed(range(midpoints.size.bit_length())):
-        ahead = low + 2**bit
-        is_above = (ahead <= midpoints.size) & (x > midpoints.at[ahead - 1].get(mode="clip"))
-        low = jnp.where(is_above, ahead, low)
-    return low
+    bits = midpoints.size.bit_length()
+    if not bits:
+        return jnp.zeros(x.shape, jnp.int32)
+    dtype = jnp.uint8 if bits <= 8 else jnp.int32  # the loop keeps the indices of all entries
+
+    def halve(i, low):
+        ahead = low + (dtype(1) << (bits - 1 - i).astype(dtype))
+        is_above = (ahead <= midpoints.size) & (x > midpoints.at[ahead - dtype(1)].get(mode="clip"))
+        return jnp.where(is_above, ahead, low)
+
+    return jax.lax.fori_loop(0, bits, halve, jnp.zeros(x.shape, dtype)).astype(jnp.int32)
