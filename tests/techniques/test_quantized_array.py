@@ -308,7 +308,7 @@ def test_a_sharded_weight_is_quantized_and_used_where_it_lies(spec, kind):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_codes_may_be_sharded_along_any_axis(axis):
-    """What was quantized on one device is placed on eight; the product is the same."""
+    """What was quantized on one device is placed on eight; the product and its gradient in x are the same."""
     mesh = jax.make_mesh((8,), ("x",))
     w, x = normal(512, 64), normal(3, 512, seed=1)
     stored = {name: jw.quantize(w, FORMATS[name]) for name in MESH_FORMATS}
@@ -320,11 +320,17 @@ def test_codes_may_be_sharded_along_any_axis(axis):
             spec[axis] = "x"
         return jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    run = jax.jit(lambda x, stored: {name: x @ q for name, q in stored.items()})
+    @jax.jit
+    def run(x, stored):
+        return {name: (x @ q, jax.grad(lambda x, q=q: jnp.sum(jnp.square(x @ q)))(x)) for name, q in stored.items()}
+
     placed = jax.tree.map(place, stored)
     assert all(q.words.sharding.shard_shape(q.words.shape)[axis] * 8 == q.words.shape[axis] for q in placed.values())
-    for name, y in run(x, placed).items():
-        close(y, np.float64(x) @ np.float64(stored[name].todense()), name)
+    on_mesh = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))  # or JAX cannot tell where the gradient goes
+    for name, (y, gradient) in run(on_mesh, placed).items():
+        w = np.float64(stored[name].todense())
+        close(y, np.float64(x) @ w, name)
+        close(gradient, 2 * np.float64(x) @ w @ w.T, name)
 
 
 def test_slices_of_layers():
