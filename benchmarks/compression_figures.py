@@ -80,6 +80,21 @@ def low_bit() -> str:
     return table([["format", *formats], ["bytes", *map(bytes_of.__getitem__, formats)], *columns])
 
 
+def low_bit_tpu() -> str:
+    """The larger batch needs the more memory, and a loop is counted once: neither the smaller nor loops are shown."""
+    report = read("low_bit_tpu")
+    first = report["results"][0]["shape"]
+    rows = [r for r in report["results"] if r["shape"] == first and r["batch"] == 16]
+    columns = {
+        "format": [r["format"] for r in rows],
+        "weight, MB": [f"{r['stored'] / 1e6:.0f}" for r in rows],
+        "temporaries, MB": [f"{r['temporary'] / 1e6:.1f}" for r in rows],
+        "bytes of HBM": ["" if r["loop"] else f"{r['of_hbm'] / r['arguments']:.2f}" for r in rows],
+        "all bytes": ["" if r["loop"] else f"{r['accessed'] / r['arguments']:.2f}" for r in rows],
+    }
+    return table([[heading, *cells] for heading, cells in columns.items()])
+
+
 def clustering() -> str:
     results = read("clustering")["results"]
     columns = {

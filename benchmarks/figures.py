@@ -15,6 +15,7 @@ from compression_figures import (
     command_memory,
     compressed_minilm,
     low_bit,
+    low_bit_tpu,
     quantized_layers,
     quantized_minilm,
     quantized_mobilenet,
@@ -236,6 +237,6 @@ REGIONS = {
     for f in (
         *(versions, headlines, minilm, sparse_training, gan, stochastic_rounding, accuracy, speed, clients),
         *(compressed_minilm, quantized_minilm, quantized_mobilenet, quantized_layers, low_bit, clustering),
-        *(deep_compression, other_ways, shared_products, sharing_applied, command_memory),
+        *(deep_compression, other_ways, low_bit_tpu, shared_products, sharing_applied, command_memory),
     )
 }

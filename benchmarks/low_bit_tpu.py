@@ -74,7 +74,8 @@ def main() -> None:
             r["format"], "x".join(map(str, r["shape"])), str(r["batch"]), *sizes, *ratios, f"{r['compile_s']:.1f}"
         )
     console.print(table)
-    report = {"quick": options.quick, "environment": environment("libtpu"), "target": "TPU v5e", "results": results}
+    report = {"command": "python benchmarks/low_bit_tpu.py", "quick": options.quick, "target": "TPU v5e"}
+    report |= {"environment": environment("libtpu"), "results": results}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"low_bit_tpu{'-quick' if options.quick else ''}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")

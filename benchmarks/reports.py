@@ -20,6 +20,7 @@ FILES = {
             "clients",
             "quantization",
             "low_bit",
+            "low_bit_tpu",
             "clustering",
             "sharing",
             "command_memory",
