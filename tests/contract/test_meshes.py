@@ -31,7 +31,7 @@ def test_on_a_mesh_no_weight_is_gathered(case, kind):
     if case.name == "cluster":
         pytest.skip("up to 16,384 entries are sorted, on one device: test_clustering.py has a large weight")
     if case.name == "cluster per unit":
-        pytest.skip("the entries of each unit are sorted, and the partitioner gathers the weight for that")
+        pytest.skip("the entries of a unit are sorted on one device: test_clustering.py has whole units")
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType[kind],) * 2)
     w = weight(case)
     placed = jax.device_put(w, sharding(mesh, case.shape))

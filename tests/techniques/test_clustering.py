@@ -209,6 +209,19 @@ def test_a_large_weight_on_a_mesh_is_not_gathered(kind):
     assert index.sharding.is_equivalent_to(placed.sharding, 2)
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_output_units_on_a_mesh_stay_where_they_are(kind):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType[kind],))
+    w = np.random.default_rng(0).standard_normal((96, 64), np.float32)
+    placed = jax.device_put(w, NamedSharding(mesh, PartitionSpec(None, "x")))
+    axes = jw.Axes(input=0, output=1)
+    compiled = jax.jit(lambda w: jw.cluster(w, 4, axes=axes)).lower(placed).compile()
+    assert all(n <= 4 * 64 for n in gathered(compiled.as_text())), gathered(compiled.as_text())  # the codebooks
+    codebook, index = compiled(placed)
+    np.testing.assert_allclose(codebook, jw.cluster(w, 4, axes=axes)[0], rtol=1e-5, atol=1e-6)
+    assert index.sharding.is_equivalent_to(placed.sharding, 2)
+
+
 TWO_PROCESSES = """
 import sys
 import jax

@@ -55,7 +55,8 @@ def cluster(
       importance: h, a float array that broadcasts to the shape of `w`: how much the square error of each entry counts,
         such as the diagonal of the Hessian, or E[x²] of the input that it is multiplied by. Only ratios matter: what is
         less than 1e-12 of the largest counts as 0. Where all are 0, all entries count alike.
-      axes: how `w` is read as a matrix. Each output unit then has a codebook of its own.
+      axes: how `w` is read as a matrix. Each output unit then has a codebook of its own. On a mesh, units stay where
+        they are; the entries of one that lie on several devices are brought together.
       key: the random key of "k-means++".
 
     Returns:
