@@ -11,7 +11,6 @@ from jax import lax
 
 _FEW_ROWS = 32  # of x: then most of the time goes into making tiles, and those that stay in the cache are faster
 _ENTRIES_FOR_FEW, _ENTRIES = 2**19, 2**20  # of a tile
-_AT_ONCE_FOR_FEW = 2  # tiles: the cores of a CPU make one while they multiply by the other
 _LEAST = 32  # rows of a tile
 
 
@@ -21,6 +20,8 @@ def tiled_product(
     size: int,
     tile: Callable[[jax.Array | int, int], jax.Array],
     scale: Callable[[jax.Array | int], jax.Array] | None = None,
+    *,
+    at_once: int = 2,
 ) -> jax.Array:
     """x @ w for x (M, K) and a matrix w (K, N) that is made of tiles of `size` rows, in the dtype of x.
 
@@ -32,6 +33,8 @@ def tiled_product(
       size: number of rows of a tile.
       tile: (i, n) -> the first n rows of tile i, an array (n, N); n = size for all but the last.
       scale: i -> what the product with tile i is multiplied by, (1, N) or (1, 1): cheaper than in `tile`.
+      at_once: number of tiles in a step of the loop if x has few rows: a core of a CPU makes one while another
+        multiplies.
     """
 
     def add(y: jax.Array, part: jax.Array, i: jax.Array | int) -> jax.Array:
@@ -50,8 +53,8 @@ def tiled_product(
             part = lax.dynamic_slice_in_dim(x, i * size, size, 1)
             return (step(y, part, i), lax.optimization_barrier(x)), None
 
-        at_once = _AT_ONCE_FOR_FEW if x.shape[0] <= _FEW_ROWS else 1
-        (y, _), _ = lax.scan(visit, (y, x), jnp.arange(1, whole), unroll=at_once)
+        unroll = at_once if x.shape[0] <= _FEW_ROWS else 1
+        (y, _), _ = lax.scan(visit, (y, x), jnp.arange(1, whole), unroll=unroll)
     return add(y, x[:, whole * size :], whole) if rest else y
 
 

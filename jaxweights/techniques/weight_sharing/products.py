@@ -99,7 +99,7 @@ def _tpu_times(x: jax.Array, w: Coded) -> jax.Array:
         of_tile = lax.dynamic_slice_in_dim(words, i * n_words(size, bits), n_words(n, bits))
         return _select_in_parts(unpack(of_tile, bits, n), table)
 
-    return tiled_product(x, columns, size, tile)
+    return tiled_product(x, columns, size, tile, at_once=1)
 
 
 def _select_in_parts(codes: jax.Array, table: jax.Array) -> jax.Array:
