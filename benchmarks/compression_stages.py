@@ -46,7 +46,7 @@ RECIPES = {
     ),
     "LeNet-5": Recipe(
         lenets.LENET_5,
-        (12, 16, 40, 24),
+        (12, 16, 40, 8),
         {"conv1": 0.34, "conv2": 0.84, "fc1": 0.906, "fc2": 0.8},
         {"conv1": 16, "conv2": 16, "fc1": 8, "fc2": 8},
         decay=1e-4,
