@@ -220,7 +220,7 @@ def _nearest(x: jax.Array, centroids: jax.Array) -> jax.Array:
     dtype = jnp.uint8 if bits <= 8 else jnp.int32  # the loop keeps the indices of all entries
 
     def halve(i, low):
-        ahead = low + (dtype(1) << (bits - 1 - i).astype(dtype))
+        ahead = low + (dtype(1) << jnp.asarray(bits - 1 - i, dtype))
         is_above = (ahead <= midpoints.size) & (x > midpoints.at[ahead - dtype(1)].get(mode="clip"))
         return jnp.where(is_above, ahead, low)
 
