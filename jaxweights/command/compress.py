@@ -21,17 +21,17 @@ OUT is a .safetensors or .gguf file. A model that is a folder may become a folde
 quantization_config, its other files are copied.
 
 The layout of OUT is one that other tools read, where there is one:
-  --bits            compressed-tensors          vLLM, transformers
+  --bits            compressed-tensors          compressed-tensors; with 4 and 8 bits vLLM, transformers
   --format nf4      bitsandbytes                transformers, vLLM
   --format mxfp4    mxfp4 as in gpt-oss         transformers
-  --to gguf         Q4_0, Q5_0, Q8_0, MXFP4     llama.cpp (names and metadata stay those of FILE)
+  --to gguf         Q4_0, Q5_0, Q8_0, MXFP4     llama.cpp, if FILE is GGUF: names and metadata stay those of FILE
   --prune alone     plain arrays with zeros     everything
 Clusters, other formats, mixtures and entropy-coded files are in our own layout, which only jaxweights reads.
 Loaders of compressed-tensors, bitsandbytes and mxfp4 replace linear layers, so that embeddings and lm_head stay as they
 are there, unless a rule names them.
 
 If the run is interrupted, the same command goes on where it stopped. Finished tensors are in .OUT.jaxweights beside
-OUT, until OUT is whole."""
+OUT, until OUT is whole or an error ends the run."""
 EPILOG = """\
 examples:
   jaxweights compress model.safetensors -o small.safetensors --bits 4 --block 128
@@ -76,10 +76,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--where", metavar="GLOB", action="append", help="names of the weights to take; by default all")
     parser.add_argument("--prune", metavar="SPARSITY", help="the fraction of zeros, or n:m")
     parser.add_argument("--bits", metavar="B", type=int, help="round to integers of 2 to 8 bits")
-    parser.add_argument("--format", metavar="NAME", help='round to "nf4", "mxfp4", "fp8_e4m3", "nvfp4", ...')
+    parser.add_argument(
+        "--format", metavar="NAME", type=str.lower, help='round to "nf4", "mxfp4", "fp8_e4m3", "nvfp4", ...'
+    )
     parser.add_argument("--cluster", metavar="K", type=int, help="let a weight have at most K values, up to 256")
     parser.add_argument("--block", metavar="N", type=int, help="number of inputs that share a scale")
-    parser.add_argument("--to", metavar="LAYOUT", help="the layout of OUT: see above")
+    parser.add_argument("--to", metavar="LAYOUT", type=str.lower, help="the layout of OUT: see above")
     parser.add_argument(
         "--entropy-coding", action="store_true", help="as few bits as codes have information; our own layout"
     )
@@ -118,7 +120,10 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         saved = metadata(path).get(RECIPE)
         if saved is None:
             raise ValueError(f"{path.name} has no recipe: it was not made by jaxweights compress")
-        recipe = Recipe.parse(str(saved))
+        try:
+            recipe = Recipe.parse(str(saved))
+        except ValueError as e:
+            raise ValueError(f"the recipe in {path.name}: {e}") from e
     else:
         recipe = Recipe.load(path)
     coding = options.entropy_coding or recipe.entropy_coding

@@ -18,9 +18,9 @@ from jaxweights.command.output import check_out
 from jaxweights.command.plan import Step, plan
 from jaxweights.command.progress import bar
 from jaxweights.command.report import print_summary
-from jaxweights.command.spool import Spool, fingerprint
+from jaxweights.command.spool import Spool, fingerprint, restore
 from jaxweights.command.statistics import parts
-from jaxweights.command.targets import entropy_coded, target_of, tensors
+from jaxweights.command.targets import CODECS, entropy_coded, target_of, tensors
 from jaxweights.core.calibration import InputStats
 from jaxweights.core.stored import is_stored
 from jaxweights.models.one_shot.fit import fit
@@ -36,30 +36,32 @@ def compress(path: Path, out: Path, recipe: Recipe, *, force: bool = False) -> N
       recipe: what is done.
       force: whether `out` is replaced if it exists.
     """
+    restore(out)
     check_out(path, out, (".safetensors", ".gguf", *([""] if path.is_dir() else [])), force)
     model = source.open(path)
     to = target_of(recipe, out.suffix)
     steps = plan(model.items, recipe, to)
+    config = _config_of(path) if not out.suffix and to in CODECS else None
     job = {"jaxweights": jaxweights.__version__, "source": fingerprint(model.files), "recipe": recipe.toml(), "to": to}
-    spool = Spool(out, job)
-    with bar("compress", sum(step.entry.nbytes for step in steps if not step.kept)) as advance:
-        for i, step in enumerate(steps):
-            if step.kept:
-                continue
-            if not spool.has(i):
-                spool.put(i, *_made(step, to, recipe.entropy_coding, model.read(step.name)))
-            advance(step.entry.nbytes)
-    about = [None if step.kept else spool.about(i) for i, step in enumerate(steps)]
-    whole = spool.whole(out.suffix)
-    if out.suffix:
-        assemble(whole, to, steps, spool, model, recipe)
-    else:
-        shutil.rmtree(whole, ignore_errors=True)
-        whole.mkdir()
-        config = assemble(whole / "model.safetensors", to, steps, spool, model, recipe)
-        _copy_rest(path, whole, config)
-    spool.finish(whole)
-    print_summary(path, out, to, steps, about)
+    with Spool(out, job) as spool:
+        with bar("compress", sum(step.entry.nbytes for step in steps if not step.kept)) as advance:
+            for i, step in enumerate(steps):
+                if step.kept:
+                    continue
+                if not spool.has(i):
+                    spool.put(i, *_made(step, to, recipe.entropy_coding, model.read(step.name)))
+                advance(step.entry.nbytes)
+        about = [None if step.kept else spool.about(i) for i, step in enumerate(steps)]
+        whole = spool.whole(out.suffix)
+        if out.suffix:
+            assemble(whole, to, steps, spool, model, recipe)
+        else:
+            shutil.rmtree(whole, ignore_errors=True)
+            whole.mkdir()
+            quantization = assemble(whole / "model.safetensors", to, steps, spool, model, recipe)
+            _copy_rest(path, whole, config, quantization)
+        spool.finish(whole)
+    print_summary(model, out, to, steps, about)
 
 
 def _made(step: Step, to: str, coding: bool, w: np.ndarray) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
@@ -83,17 +85,30 @@ def relative_error(w: np.ndarray, new: np.ndarray) -> float:
     return math.sqrt(change / size) if size else math.sqrt(change)
 
 
-def _copy_rest(path: Path, folder: Path, config: Mapping[str, Any]) -> None:
+def _config_of(path: Path) -> dict[str, Any] | None:
+    """What is in the config.json of a folder; None if it has none."""
+    told = path / "config.json"
+    if not told.exists():
+        return None
+    try:
+        config = json.loads(told.read_text("utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{told} is no JSON: {e}") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"{told} must be a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _copy_rest(path: Path, folder: Path, config: Mapping[str, Any] | None, quantization: Mapping[str, Any]) -> None:
     """Copies what is no weight from one folder to another; config.json gets the `quantization_config`."""
 
     def left_out(_: str, names: list[str]) -> list[str]:
         return [n for n in names if Path(n).suffix in _WEIGHTS or n.endswith(".index.json") or n == ".git"]
 
     shutil.copytree(path, folder, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    told = folder / "config.json"
-    if config and told.exists():
-        text = json.loads(told.read_text("utf-8"))
-        told.write_text(json.dumps(text | {"quantization_config": config}, indent=2) + "\n", "utf-8")
+    if config is not None and quantization:
+        text = json.dumps({**config, "quantization_config": quantization}, indent=2)
+        (folder / "config.json").write_text(text + "\n", "utf-8")
 
 
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz")

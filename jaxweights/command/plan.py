@@ -60,7 +60,9 @@ def plan(items: Mapping[str, Item], recipe: Recipe, to: str) -> list[Step]:
     steps = [_step(name, item, rules.get(name), inferred[_path(name)], to) for name, item in items.items()]
     if all(step.kept for step in steps):
         reasons = ", ".join(f"{n} {why}" for why, n in Counter(step.kept for step in steps).most_common(5))
-        raise ValueError(f"the recipe changes nothing: all {len(steps)} tensors stay as they are ({reasons})")
+        ours = [_step(name, item, rules.get(name), inferred[_path(name)], "jaxweights") for name, item in items.items()]
+        remedy = "" if all(step.kept for step in ours) else ": give --to jaxweights, which holds them"
+        raise ValueError(f"the recipe changes nothing: all {len(steps)} tensors stay as they are ({reasons}){remedy}")
     repeated = [name for name, n in Counter(step.written for step in steps).items() if n > 1]
     if repeated:
         raise ValueError(f"two weights would be named {repeated[0]!r}: write to = 'jaxweights', which keeps names")
@@ -92,7 +94,7 @@ def _kept(name: str, entry: Entry, rule: Rule | None, found: Inferred, to: str) 
     if rule.keep:
         return "by its rule"
     if str(entry.dtype) not in SCALES:
-        return str(entry.dtype)
+        return "float64: save it as float32" if entry.dtype == np.float64 else str(entry.dtype)
     if found.axes is None:
         return found.why
     if 0 in entry.shape:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxweights.command.plan import Step
+from jaxweights.command.source import Source
 from jaxweights.command.table import count, nbytes, print_table, shown
-from jaxweights.command.targets import READ_BY
+from jaxweights.command.targets import read_by
 from jaxweights.core.axes import in_words
 from jaxweights.techniques.quantization.array import QuantizedArray
 from jaxweights.techniques.sparsification.one_shot.magnitude import Magnitude
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def print_summary(
-    path: Path, out: Path, to: str, steps: Sequence[Step], about: Sequence[Mapping[str, Any] | None]
+    model: Source, out: Path, to: str, steps: Sequence[Step], about: Sequence[Mapping[str, Any] | None]
 ) -> None:
     """Prints bytes and error of each tensor, what stayed as it was and why, and totals.
 
     Args:
-      path: the model.
+      model: the source.
       out: the output.
       to: its layout.
       steps: what was done to each tensor.
@@ -66,7 +67,9 @@ def print_summary(
         return view
 
     print_table([row[0] for row in rows], table)
-    print(f"\n{out}: {_size(out):,} bytes, {path}: {_size(path):,}. The layout is {to}, read by {READ_BY[to]}.")
+    readers = read_by(to, [step.new for step in steps if not step.kept], model.metadata)
+    sizes = f"{out}: {_size(out):,} bytes, {model.path}: {_size(model.path):,}"
+    print(f"\n{sizes}. The layout is {to}, read by {readers}.")
     guessed = [step for step in steps if step.guess and not step.kept]
     if guessed:
         reading = in_words(guessed[0].axes, guessed[0].entry.shape)

@@ -14,7 +14,13 @@ from jaxweights.files import gguf
 from jaxweights.files.load import Leaf, file_of, leaves, read
 from jaxweights.files.mapping import Contents
 
-KINDS = ".safetensors, .gguf, .safetensors.index.json, .npz, a folder of safetensors, or an Orbax checkpoint"
+KINDS = ".safetensors, .gguf, .safetensors.index.json, .npz, a folder with a model in safetensors, an Orbax checkpoint"
+_TORCH = "load it with torch.load(path, weights_only=True), save it with safetensors.torch.save_file"
+_REMEDIES = {
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), _TORCH),
+    ".npy": "save it with numpy.savez(path, weight=numpy.load(old))",
+}
+_POINTER = b"version https://git-lfs"
 
 
 class Item(NamedTuple):
@@ -62,6 +68,16 @@ def open(path: str | Path) -> Source:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    try:
+        return _open(path)
+    except ValueError as e:
+        for file in file_of(path).parent.iterdir():
+            if file.name in str(e) and file.is_file() and _is_pointer(file):
+                raise ValueError(f"{file.name} is a pointer of Git LFS: get the file with git lfs pull") from e
+        raise
+
+
+def _open(path: Path) -> Source:
     if path.suffix == ".npz":
         from jaxweights.command.npz import open_npz
 
@@ -71,7 +87,24 @@ def open(path: str | Path) -> Source:
 
         if is_orbax(path):
             return open_orbax(path)
+    _check_kind(path)
     return _mapped(path)
+
+
+def _check_kind(path: Path) -> None:
+    """Raises unless a path is that of safetensors or GGUF."""
+    file = file_of(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{path} has no {file.name}. What is read: {KINDS}")
+    if file.suffix not in (".safetensors", ".gguf") and not file.name.endswith(".safetensors.index.json"):
+        remedy = f": {_REMEDIES[file.suffix]}" if file.suffix in _REMEDIES else ""
+        raise ValueError(f"{file.name} is of no kind that is read{remedy}. What is read: {KINDS}")
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether Git LFS left a few lines in place of a file."""
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def _mapped(path: Path) -> Source:

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -17,14 +17,15 @@ from jaxweights.files.mapping import Contents
 from jaxweights.files.writing import Entry, Piece, replacing
 
 _HASHED = 2**20
-_JOB = "job.json"
+_JOB, _OLD = "job.json", "old"
 
 
 class Spool:
     """The folder ".OUT.jaxweights" of one job, which is described in it.
 
     Each finished tensor is a file that appears whole or not at all. The output is put together in the folder and takes
-    its place in one step; then the folder is deleted.
+    its place in one step; then the folder is deleted. In a `with` statement it is deleted after an error, too, but not
+    after an interrupt.
 
     Args:
       out: the output.
@@ -33,7 +34,7 @@ class Spool:
 
     def __init__(self, out: Path, job: Mapping[str, Any]):
         self.out = out
-        self.folder = out.with_name(f".{out.name}.jaxweights")
+        self.folder = _folder(out)
         text = json.dumps(job, sort_keys=True)
         told = self.folder / _JOB
         for part in self.folder.glob(".*.part"):  # what was being written when a run was killed
@@ -43,10 +44,21 @@ class Spool:
                 raise ValueError(f"{self.folder} is in the way, and was not made by jaxweights: move it away")
             self._delete()
         if not self.folder.exists():
-            self.folder.mkdir()
+            try:
+                self.folder.mkdir()
+            except OSError as e:
+                raise OSError(e.errno, e.strerror, str(out)) from e
         if not told.exists():
             with replacing(told) as file:
                 file.write(text.encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception) and self.folder.exists():
+            restore(self.out)
+            self._delete()
 
     def has(self, i: int) -> bool:
         """Whether tensor `i` is finished."""
@@ -72,7 +84,7 @@ class Spool:
     def finish(self, whole: Path) -> None:
         """Moves the finished output to its place and deletes the folder."""
         if self.out.is_dir():  # a folder is not replaced in one step
-            os.replace(self.out, self.folder / "old")
+            os.replace(self.out, self.folder / _OLD)
         os.replace(whole, self.out)
         self._delete()
 
@@ -91,6 +103,17 @@ class Spool:
 
     def _read(self, i: int) -> Contents:
         return safetensors.read(self._file(i))
+
+
+def restore(out: Path) -> None:
+    """Puts an old output back that a run had moved away when it was killed, before the new one took its place."""
+    old = _folder(out) / _OLD
+    if old.exists() and not out.exists():
+        os.replace(old, out)
+
+
+def _folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.jaxweights"
 
 
 def fingerprint(files: Sequence[Path]) -> list[list[Any]]:

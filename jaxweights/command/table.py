@@ -59,7 +59,7 @@ def _dotted(short: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def print_json(report: Any) -> None:
     """Prints JSON, with null for numbers that are not finite."""
-    json.dump(_finite(report), sys.stdout, indent=2, ensure_ascii=False)
+    json.dump(_finite(report), sys.stdout, indent=2)
     print()
 
 

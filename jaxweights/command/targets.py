@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,18 @@ from jaxweights.models.recipe import Recipe, Rule
 from jaxweights.techniques.quantization.array import QuantizedArray
 
 READ_BY = {
-    "compressed-tensors": "vLLM, transformers and jaxweights",
+    "compressed-tensors": "compressed-tensors and jaxweights",
     "bitsandbytes": "transformers, vLLM and jaxweights",
     "mxfp4": "transformers (gpt-oss) and jaxweights",
-    "gguf": "llama.cpp's tools and jaxweights",
+    "gguf": "the reader of llama.cpp's tools and jaxweights",
     "dense": "everything that reads safetensors",
     "jaxweights": "jaxweights alone",
 }
-"""What reads each layout."""
+"""What reads each layout, whatever is in it."""
 CODECS: dict[str, Codec] = {c.name: c for c in (COMPRESSED_TENSORS, BITSANDBYTES_NF4, MXFP4)}
 _FORMATS = {"nf4": "bitsandbytes", "mxfp4": "mxfp4"}
 _GGUF_BITS = (4, 5, 8)
+_ARCHITECTURE = "general.architecture"
 
 
 def target_of(recipe: Recipe, suffix: str) -> str:
@@ -83,6 +84,15 @@ def _natural(rule: Rule) -> str:
     if rule.format is not None:
         return _FORMATS.get(rule.format, "jaxweights")
     return "jaxweights" if rule.cluster is not None else "dense"
+
+
+def read_by(to: str, new: Iterable[Any], metadata: Mapping[str, Any]) -> str:
+    """What reads a file of these new weights and with this metadata, in words."""
+    if to == "compressed-tensors" and {leaf.format.grid.bits for leaf in new if is_describable(leaf)} <= {4, 8}:
+        return "vLLM, transformers and jaxweights"
+    if to == "gguf" and _ARCHITECTURE not in metadata:
+        return f"{READ_BY[to]}. It has no {_ARCHITECTURE}, without which llama.cpp loads no model"
+    return READ_BY[to]
 
 
 def why_not(to: str, name: str, leaf: Any) -> str:

@@ -24,6 +24,7 @@ from jaxweights.techniques.weight_sharing.one_shot import Cluster
 
 SCALES = ("float32", "float16", "bfloat16")
 """Dtypes of scales."""
+_INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Rule:
       keep: whether they stay as they are.
       prune: the fraction of zeros in [0, 1); or (n, m), in TOML "n:m": n of every m inputs stay.
       bits: 2 to 8: round to integers.
-      format: another format by its name, such as "nf4" or "mxfp4": see `jaxweights.formats`.
+      format: another format by its name, such as "nf4" or "mxfp4": see `jaxweights.formats`. "int4" is bits = 4.
       block: number of inputs that share a scale. By default all of an output unit, or what the format has.
       symmetric: False gives integers a zero point for each scale.
       scale: the dtype of the scales of integers. By default that of the weight.
@@ -64,6 +65,9 @@ scale=ScaleFormat(dtype='float32', outer=None), zero_point=False, per_tensor=Fal
     input: int | None = None
 
     def __post_init__(self):
+        if self.bits is None and self.format in _INTEGERS:
+            object.__setattr__(self, "bits", int(self.format[-1]))
+            object.__setattr__(self, "format", None)
         if not self.globs or not all(isinstance(glob, str) and glob for glob in self.globs):
             raise TypeError(f"weights must be a glob or a tuple of globs, got {self.weights!r}: write '*'")
         for name in ("keep", "symmetric"):
@@ -126,12 +130,14 @@ scale=ScaleFormat(dtype='float32', outer=None), zero_point=False, per_tensor=Fal
     def _check_prune(prune: Any) -> None:
         if isinstance(prune, bool) or not isinstance(prune, int | float | tuple):
             raise TypeError(f"prune must be a fraction in [0, 1) or 'n:m', got {prune!r}: write 0.5 or '2:4'")
+        if not isinstance(prune, tuple) and not 0 <= prune < 1:
+            half = "0.5 sets half of the weights to 0"
+            percent = f"write {prune / 100:g} for {prune:g}%" if 1 < prune < 100 else half
+            raise ValueError(f"prune must be in [0, 1), got {prune!r}: {percent}")
         try:
             check_sparsity(prune, 0)
         except (TypeError, ValueError) as e:
             raise type(e)(f"prune: {e}") from e
-        if not isinstance(prune, tuple) and not 0 <= prune < 1:
-            raise ValueError(f"prune must be in [0, 1), got {prune!r}: 0.5 sets half of the weights to 0")
 
     def _check_together(self) -> None:
         """Raises if two keys contradict each other, or one has no effect."""
@@ -195,23 +201,9 @@ class Recipe:
     def parse(cls, text: str) -> Recipe:
         """The recipe of a text in TOML. Raises a ValueError that names the rule and the key."""
         try:
-            parsed = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as e:
-            raise ValueError(f"the recipe is no TOML: {e}") from e
-        _check_keys("the recipe", parsed, ("rules", "output"))
-        tables, output = parsed.get("rules", []), parsed.get("output", {})
-        if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
-            raise ValueError('the recipe has no rules: write [[rules]] and under it weights = "*" and bits = 4')
-        if not isinstance(output, dict):
-            raise ValueError(f"[output] must be a table, got {output!r}")
-        _check_keys("[output]", output, ("to", "entropy_coding"))
-        if not isinstance(output.get("to", ""), str):
-            raise ValueError(f"to in [output] must be a string, got {output['to']!r}")
-        rules = tuple(_rule(i + 1, table) for i, table in enumerate(tables))
-        try:
-            return cls(rules, **output)
-        except TypeError as e:
-            raise ValueError(f"[output]: {e}") from e
+            return _recipe(text)
+        except RecursionError as e:
+            raise ValueError("the recipe is nested too deeply") from e
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -296,6 +288,27 @@ def _regex(glob: str) -> re.Pattern[str]:
         return re.compile(out, re.DOTALL)
     except re.error as e:
         raise ValueError(f"{glob!r} is no glob: {e}") from e
+
+
+def _recipe(text: str) -> Recipe:
+    try:
+        parsed = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ValueError(f"the recipe is no TOML: {e}") from e
+    _check_keys("the recipe", parsed, ("rules", "output"))
+    tables, output = parsed.get("rules", []), parsed.get("output", {})
+    if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
+        raise ValueError('the recipe has no rules: write [[rules]] and under it weights = "*" and bits = 4')
+    if not isinstance(output, dict):
+        raise ValueError(f"[output] must be a table, got {output!r}")
+    _check_keys("[output]", output, ("to", "entropy_coding"))
+    if not isinstance(output.get("to", ""), str):
+        raise ValueError(f"to in [output] must be a string, got {output['to']!r}")
+    rules = tuple(_rule(i + 1, table) for i, table in enumerate(tables))
+    try:
+        return Recipe(rules, **output)
+    except TypeError as e:
+        raise ValueError(f"[output]: {e}") from e
 
 
 def _rule(number: int, table: Mapping[str, Any]) -> Rule:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 
 import jax
@@ -13,6 +14,7 @@ from files.oracles import bits_of, oracle
 
 import jaxweights as jw
 from jaxweights import files
+from jaxweights.command import job
 from jaxweights.command.main import main
 from jaxweights.recipes import Recipe
 
@@ -124,6 +126,29 @@ def test_integers(model, tmp_path):
     config = json.loads(files.metadata(out)["quantization_config"])
     (group,) = config["config_groups"].values()
     assert sorted(group["targets"]) == sorted(f"layers.{i}.{name}" for i in range(2) for name in ("up", "down"))
+
+
+def test_the_name_of_integers_is_their_bits(model, tmp_path):
+    for suffix, options in (("bits", ["--bits", "4"]), ("name", ["--format", "INT4", "--to", "Compressed-Tensors"])):
+        assert compress(model, "-o", tmp_path / f"{suffix}.safetensors", *options) == 0
+    contents = {s: files.load(tmp_path / f"{s}.safetensors") for s in ("bits", "name")}
+    jax.tree.map(np.testing.assert_array_equal, *contents.values())
+    config = json.loads(files.metadata(tmp_path / "name.safetensors")["quantization_config"])
+    assert config["quant_method"] == "compressed-tensors"
+    assert compress(model, "-o", tmp_path / "name.safetensors", "--format", "int4", "--force") == 0
+    assert (tmp_path / "name.safetensors").read_bytes() == (tmp_path / "bits.safetensors").read_bytes()
+
+
+def test_who_reads_the_output(model, tmp_path, capsys):
+    files.save(tmp_path / "llama.gguf", torch_like(), metadata={"general.architecture": "llama"})
+    for path, out, bits, readers in (
+        (model, "small.safetensors", 4, "vLLM, transformers and jaxweights."),
+        (model, "odd.safetensors", 5, "compressed-tensors and jaxweights."),
+        (tmp_path / "llama.gguf", "small.gguf", 4, "the reader of llama.cpp's tools and jaxweights."),
+        (model, "bare.gguf", 4, "jaxweights. It has no general.architecture, without which llama.cpp loads no model."),
+    ):
+        assert compress(path, "-o", tmp_path / out, "--bits", bits) == 0
+        assert capsys.readouterr().out.split("read by ")[1].splitlines()[0].endswith(readers), out
 
 
 def test_nf4_of_some(model, tmp_path):
@@ -273,13 +298,16 @@ def test_a_folder_becomes_a_folder(model, tmp_path):
 # Errors.
 
 BITS = ["--bits", "4"]
+DEEP = "rules = " + 10_000 * "["
 ERRORS = {
     "nothing to do": ([], "give --recipe, --prune"),
     "no file": ([*BITS], "no such file"),
     "recipe and more": (["--recipe", "r.toml", *BITS], "--recipe has the rules, so --bits has no place"),
     "no recipe": (["--recipe", "none.toml"], "none.toml"),
     "a file without one": (["--recipe", "model.safetensors"], "has no recipe"),
-    "prune": (["--prune", "2"], "must be in [0, 1]"),
+    "a recipe nested too deeply": (["--recipe", "deep.toml"], "deep.toml: the recipe is nested too deeply"),
+    "one in a file": (["--recipe", "deep.safetensors"], "the recipe in deep.safetensors: the recipe is nested too"),
+    "prune": (["--prune", "50"], "must be in [0, 1), got 50.0: write 0.5 for 50%"),
     "nothing matches": ([*BITS, "--where", "decoder*"], "matches nothing"),
     "nothing changes": ([*BITS, "--where", "*bias"], "the recipe changes nothing"),
     "layout": ([*BITS, "--to", "onnx"], "to must be one of"),
@@ -299,6 +327,8 @@ def test_errors(case, model, tmp_path, monkeypatch, capsys):
     options, message = ERRORS[case]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.toml").write_text("[[rules]]\nweights = '*'\nbits = 4\n")
+    (tmp_path / "deep.toml").write_text(DEEP)
+    files.save(tmp_path / "deep.safetensors", {}, metadata={"jaxweights.recipe": DEEP})
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     out = [] if "-o" in options else ["-o", "small.safetensors"]
@@ -319,7 +349,43 @@ def test_errors_of_weights(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-3])
     assert compress(path, "-o", out, *BITS) == 2
     assert "truncated" in capsys.readouterr().err
-    assert not out.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+CONFIGS = {"": "config.json is no JSON", "[1]": "config.json must be a JSON object, got list", 9999 * "[": "is no JSON"}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["empty", "list", "deep"])
+def test_errors_of_config_json(config, model, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model.rename(folder / "model.safetensors")
+    (folder / "config.json").write_text(config)
+    monkeypatch.setattr(job, "_made", lambda *_: pytest.fail("a weight was made before config.json was read"))
+    assert compress(folder, "-o", tmp_path / "small", *BITS) == 2
+    assert CONFIGS[config] in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_layout_lacks_has_a_remedy(tmp_path, capsys):
+    rng, path, out = np.random.default_rng(0), tmp_path / "model.npz", tmp_path / "small.safetensors"
+    np.savez(path, **{"conv.weight": rng.normal(size=(8, 4, 3, 3)).astype("f4")})
+    assert compress(path, "-o", out, *BITS) == 2
+    assert "4 axes, compressed-tensors has matrices): give --to jaxweights" in capsys.readouterr().err
+    assert compress(path, "-o", out, *BITS, "--to", "jaxweights") == 0
+    np.savez(path, **{"up.weight": rng.normal(size=(8, 4)), "ids": np.arange(4).reshape(2, 2)})
+    assert compress(path, "-o", out, *BITS, "--force") == 2
+    err = capsys.readouterr().err
+    assert "float64: save it as float32" in err and "--to" not in err
+
+
+def test_a_folder_that_is_not_writable(model, tmp_path, monkeypatch, capsys):
+    def refused(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    assert compress(model, "-o", tmp_path / "small.safetensors", *BITS) == 2
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path / 'small.safetensors'}: Permission denied\n")
 
 
 def test_a_full_disk_leaves_no_output(model, tmp_path, monkeypatch, capsys):
@@ -331,4 +397,4 @@ def test_a_full_disk_leaves_no_output(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(safetensors, "write_values", full)
     assert compress(model, "-o", tmp_path / "small.safetensors", *BITS) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert not (tmp_path / "small.safetensors").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]

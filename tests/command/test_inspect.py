@@ -1,8 +1,11 @@
 """`jaxweights inspect` against float64 NumPy, on files of every kind, and its errors."""
 
+import contextlib
+import io
 import json
 import re
 import struct
+import sys
 import zipfile
 
 import jax.numpy as jnp
@@ -207,6 +210,22 @@ def test_names_cannot_move_the_cursor(tmp_path, capsys):
     assert "\x1b" not in out and r"\x1b[2J[bold]x\n" in out
 
 
+def test_an_output_without_unicode(tmp_path, monkeypatch):
+    np.savez(tmp_path / "m.npz", **{"ä": np.ones((2, 2), np.float32)})
+    for encoding in ("ascii", "cp1252"):
+        for arguments in (["--help"], ["inspect", str(tmp_path / "m.npz")]):
+            out = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
+            monkeypatch.setattr(sys, "stdout", out)
+            with contextlib.suppress(SystemExit):
+                assert main(arguments) == 0
+            assert "?" in out.buffer.getvalue().decode(encoding)  # σ
+    out = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["inspect", str(tmp_path / "m.npz"), "--json"]) == 0
+    (row,) = json.loads(out.buffer.getvalue())["tensors"]
+    assert row["name"] == "ä"
+
+
 def test_a_guess_is_marked(tmp_path, capsys):
     files.save(tmp_path / "m.safetensors", {"a": {"kernel": np.ones((2, 4, 8), np.float32)}})
     assert main(["inspect", str(tmp_path / "m.safetensors")]) == 0
@@ -226,6 +245,17 @@ def index(path):
     path.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
 
 
+def pointer(path):
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 123\n")
+
+
+def pointers(path):
+    path.mkdir()
+    pointer(path / "model-1.safetensors")
+    weights = {"weight_map": {"a": "model-1.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(weights))
+
+
 def bomb(path):
     """A small file that tells of a petabyte."""
     with zipfile.ZipFile(path, "w") as archive, archive.open("a.npy", "w") as file:
@@ -243,9 +273,15 @@ BAD = {
     "noise.npz": (lambda path: path.write_bytes(b"PK" + bytes(99)), "damaged, or no .npz file"),
     "short.npz": (lambda path: (np.savez(path, a=np.ones(99)), shrunk(path, 500)), "damaged, or no .npz file"),
     "bomb.npz": (bomb, "needs 1125899906842624 bytes"),
-    "model.pt": (lambda path: path.write_bytes(b"PK"), "path must end in"),
+    "model.pt": (lambda path: path.write_bytes(b"PK"), "save it with safetensors.torch.save_file. What is read: .safe"),
+    "w.npy": (lambda path: path.write_bytes(b""), "save it with numpy.savez"),
+    "model.h5": (lambda path: path.write_bytes(b""), "no kind that is read. What is read: .safetensors, .gguf,"),
+    "lfs.safetensors": (pointer, "lfs.safetensors is a pointer of Git LFS"),
+    "lfs.gguf": (pointer, "lfs.gguf is a pointer of Git LFS"),
+    "lfs.npz": (pointer, "lfs.npz is a pointer of Git LFS"),
+    "shards": (pointers, "model-1.safetensors is a pointer of Git LFS"),
     "m.safetensors.index.json": (index, "which is no safetensors file beside it"),
-    "folder": (lambda path: path.mkdir(), "model.safetensors: No such file"),
+    "folder": (lambda path: path.mkdir(), "has no model.safetensors. What is read: "),
     "orbax": (lambda path: (path.mkdir(), (path / "_METADATA").write_text("{")), "is damaged"),
 }
 

@@ -142,7 +142,7 @@ ERRORS = {
     "block alone": ("[[rules]]\nweights='*'\nprune=0.5\nblock=8", "block is of bits or format"),
     "symmetric alone": ("[[rules]]\nweights='*'\nformat='nf4'\nsymmetric=false", "symmetric is of bits"),
     "prune 1": ("[[rules]]\nweights='*'\nprune=1", "prune must be in [0, 1)"),
-    "prune 50": ("[[rules]]\nweights='*'\nprune=50", "must be in [0, 1]"),
+    "prune 50": ("[[rules]]\nweights='*'\nprune=50", "prune must be in [0, 1), got 50: write 0.5 for 50%"),
     "prune text": ("[[rules]]\nweights='*'\nprune='half'", "n:m such as 2:4"),
     "prune 4:2": ("[[rules]]\nweights='*'\nprune='4:2'", "prune: "),
     "format": ("[[rules]]\nweights='*'\nformat='int9'", "format must be"),
@@ -153,6 +153,8 @@ ERRORS = {
     "empty glob": ("[[rules]]\nweights=''\nbits=4", "weights must be a glob"),
     "glob a number": ("[[rules]]\nweights=[3]\nbits=4", "weights must be a glob"),
     "coding": ("[[rules]]\nweights='*'\nbits=4\n[output]\nentropy_coding=3", "[output]: entropy_coding must be true"),
+    "deep": ("rules = " + 10_000 * "[", "the recipe is nested too deeply"),
+    "deep keys": ("[output]\nto" + 10_000 * ".a" + " = 1\n[[rules]]\nweights='*'\nbits=4", "nested too deeply"),
     "to": ("[[rules]]\nweights='*'\nbits=4\n[output]\nto=3", "to in [output] must be a string"),
 }
 
@@ -168,6 +170,12 @@ def test_errors_name_the_file(tmp_path):
     (tmp_path / "mine.toml").write_text("[[rules]]\nweights='*'\nbits=1\n")
     with pytest.raises(ValueError, match=r"mine.toml: rule 1 .*bits must be from 2 to 8"):
         Recipe.load(tmp_path / "mine.toml")
+
+
+def test_the_name_of_integers_is_their_bits():
+    assert Rule("*", format="int4", block=32) == Rule("*", bits=4, block=32)
+    with pytest.raises(ValueError, match="bits and format are two ways"):
+        Rule("*", format="int4", bits=4)
 
 
 def test_a_glob_that_matches_nothing_is_an_error():
