@@ -154,6 +154,7 @@ TRANSFORMS = [
     Case("share_weights", lambda: jw.ShareWeights(8)),
     Case("share_weights sum", lambda: jw.ShareWeights(8, codebook_gradient="sum")),
     Case("share_weights mean zeros", lambda: jw.ShareWeights(8, keep_zeros=True, codebook_gradient="mean")),
+    Case("share_weights stack", lambda: jw.ShareWeights(4, codebook_gradient="sum", axes=stack_axes), shape=STACK),
     Case("share_weights hashed", lambda: jw.ShareWeights(jw.sharing.Hashed(8))),
     Case("share_weights symmetric", lambda: jw.ShareWeights(jw.sharing.Symmetric()), shape=(32, 32)),
     Case(

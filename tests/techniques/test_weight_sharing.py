@@ -1,5 +1,7 @@
 """Weight sharing: codebooks, convolutions as shared matrices, clusters and hashes."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -262,6 +264,24 @@ def test_share_weights_projects_on_the_means(groups, dtype):
     np.testing.assert_allclose(np.float64(out), means[index], rtol=float(jnp.finfo(dtype).eps), atol=1e-7)
     np.testing.assert_array_equal(apply(out, state), out)
     assert len(np.unique(np.float64(out))) <= 6
+
+
+@pytest.mark.parametrize("gradient", [None, "mean"])
+def test_each_layer_of_a_stack_has_clusters_of_its_own(gradient):
+    """The distances are those of the best of all partitions of each layer, whatever the magnitude of the others."""
+    w = np.random.default_rng(0).normal(size=(6, 2, 3, 2)) * np.array([1.0, 100.0]).reshape(2, 1, 1)
+    w = jnp.asarray(w, jnp.float32)  # (in, layers, experts, out)
+    t = jw.ShareWeights(3, codebook_gradient=gradient, axes=jw.Axes(input=0, output=3, batch=(2, 1)))
+    state = t.init(w, jax.random.key(0))
+    found, stored = t.apply(w, state), t.store(w, state)
+    assert isinstance(stored, jw.ClusteredArray) and stored.n_values == 3
+    np.testing.assert_array_equal(stored.todense(), found)
+    for i, j in np.ndindex(2, 3):
+        values = np.sort(np.float64(w[:, i, j]).ravel())
+        parts = (np.split(values, cuts) for cuts in itertools.combinations(range(1, 12), 2))
+        least = min(sum(((part - part.mean()) ** 2).sum() for part in several) for several in parts)
+        assert np.unique(found[:, i, j]).size == 3
+        np.testing.assert_allclose(np.sum(np.square(np.float64(found - w)[:, i, j])), least, rtol=1e-4)
 
 
 def test_share_weights_gradient_is_the_mean_of_the_group():

@@ -112,6 +112,12 @@ def cluster(
     return _cluster(w, importance, draws, n=n_clusters, start=start, keep_zeros=keep_zeros, axes=axes)
 
 
+def as_layers(axes: Axes | None, shape: tuple[int, ...]) -> Axes | None:
+    """A stack read so that each layer is one output unit, for a codebook each; None if the weight is no stack."""
+    r = Reading.of(axes, shape)
+    return Axes(sorted(r.contracted + r.output), (), sorted(r.batch)) if r.batch else None
+
+
 def check_start(start: Start, keep_zeros: bool) -> None:
     """Raises unless `start` is known and `keep_zeros` is a bool."""
     check_choice("start", start, ("linear", "density", "k-means++", "optimal"))

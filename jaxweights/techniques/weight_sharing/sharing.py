@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxweights.core.axes import Axes, axes_or_default
+from jaxweights.core.axes import Axes, Reading, axes_or_default
 from jaxweights.core.checks import check_choice, check_integer, check_state, check_weight
 from jaxweights.core.transform import Transform
 from jaxweights.numerics.sharding import auto_sharded
 from jaxweights.techniques.weight_sharing.clustered import MOST_VALUES, store_clusters
-from jaxweights.techniques.weight_sharing.clustering import Start, check_start, cluster
+from jaxweights.techniques.weight_sharing.clustering import Start, as_layers, check_start, cluster
 from jaxweights.techniques.weight_sharing.convolution import Convolution
 from jaxweights.techniques.weight_sharing.groups import average, group_means, inside
 from jaxweights.techniques.weight_sharing.indices import index_dtype
@@ -94,7 +94,8 @@ class ShareWeights(Transform):
     `init` fixes the groups. These are by value, if `groups` is their number (k-means, `cluster`, whose `start` and
     `keep_zeros` these are); or by place, if it is a pattern, such as `jw.sharing.Hashed(256)` or
     `jw.sharing.Circulant()`; or of sub-vectors, with `jw.sharing.ProductQuantized(256, length=4)`. Zeros that are kept
-    stay zeros, besides the values of the groups.
+    stay zeros, besides the values of the groups. Each layer of a stack, along the batch axes of `axes`, has groups of
+    its own, but for a pattern of the whole weight.
 
     The value of a group is the mean of its weights: w'[i] is the mean of the group of i, the orthogonal projection onto
     the subspace of shared weights. The members of a group therefore stay equal after `optax` updates, and each receives
@@ -139,8 +140,9 @@ class ShareWeights(Transform):
 
     def tells_apart(self, a, b):
         """Returns whether the groups depend on how the weight is read. Otherwise only how it is stored does."""
-        of_matrix = not isinstance(self.groups, Pattern) or self.groups.reads_matrix
-        return not isinstance(self.groups, int) and of_matrix and super().tells_apart(a, b)
+        if isinstance(self.groups, int):
+            return sorted(a.batch) != sorted(b.batch) and super().tells_apart(a, b)
+        return (not isinstance(self.groups, Pattern) or self.groups.reads_matrix) and super().tells_apart(a, b)
 
     def init(self, w, key):
         """The group of each weight, and the learned codebook."""
@@ -167,16 +169,23 @@ class ShareWeights(Transform):
         """The weight as a `ClusteredArray`, or an array if it has more than 256 values."""
         w, n = self._checked(w, state)
         has_zeros = self.keep_zeros or isinstance(self.groups, Convolution)
-        if n + has_zeros > MOST_VALUES:
+        if (self.groups if isinstance(self.groups, int) else n) + has_zeros > MOST_VALUES:
             return self.apply(w, state)
         codebook = self._means(w, state)[0] if self.codebook_gradient is None else jnp.asarray(state["codebook"])
-        return store_clusters(codebook.astype(w.dtype), state["index"], axes=self.axes, has_zeros=has_zeros)
+        index = state["index"]
+        if isinstance(self.groups, int) and (layers := as_layers(self.axes, w.shape)) is not None:
+            codebook = codebook.reshape(*(w.shape[a] for a in layers.batch), self.groups)
+            index = jnp.where(index < 0, index, index - self._first_of_layer(layers, w.shape))
+        return store_clusters(codebook.astype(w.dtype), index, axes=self.axes, has_zeros=has_zeros)
 
     def _index(self, w: jax.Array, key: jax.Array) -> jax.Array:
         if isinstance(self.groups, int):
-            draws = key if self.start == "k-means++" else None
-            _, index = cluster(w, self.groups, start=self.start, keep_zeros=self.keep_zeros, key=draws)
-            return index
+            draws, layers = key if self.start == "k-means++" else None, as_layers(self.axes, w.shape)
+            _, index = cluster(w, self.groups, start=self.start, keep_zeros=self.keep_zeros, axes=layers, key=draws)
+            if layers is None:
+                return index
+            index = index.astype(index_dtype(self._n(w.shape)))
+            return jnp.where(index < 0, index, index + self._first_of_layer(layers, w.shape).astype(index.dtype))
         axes, shape = axes_or_default(self.axes, w.ndim), self._read(w.shape)
         if isinstance(self.groups, ProductQuantized):
             index = self.groups.positions(axes.matrix(w), key)
@@ -189,6 +198,12 @@ class ShareWeights(Transform):
         first = np.arange(math.prod(lead), dtype=one.dtype).reshape(*lead, 1, 1) * one.dtype.type(pattern.n_values)
         return axes.weight(jnp.asarray(np.where(one < 0, one, one + first)), w.shape)
 
+    def _first_of_layer(self, layers: Axes, shape: tuple[int, ...]) -> jax.Array:
+        """The number of the first group by value of its layer, for each position."""
+        *lead, rows, _ = jax.eval_shape(layers.matrix, jax.ShapeDtypeStruct(shape, jnp.int32)).shape
+        first = jnp.arange(0, math.prod(lead) * self.groups, self.groups, jnp.int32).reshape(*lead, 1, 1)
+        return layers.weight(jnp.broadcast_to(first, (*lead, rows, 1)), shape)
+
     def _read(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in which the groups are laid out: of the weight, or of the matrices as which it is read."""
         if isinstance(self.groups, Pattern) and not self.groups.reads_matrix:
@@ -200,7 +215,7 @@ class ShareWeights(Transform):
     def _n(self, shape: tuple[int, ...]) -> int:
         """The number of groups of a weight of this shape."""
         if isinstance(self.groups, int):
-            return self.groups
+            return self.groups * math.prod(shape[a] for a in Reading.of(self.axes, shape).batch)
         shape = self._read(shape)
         if isinstance(self.groups, ProductQuantized):
             return self.groups.n_values(shape)
