@@ -15,11 +15,12 @@ from jaxweights.techniques.quantization.formats import Format
 from jaxweights.techniques.quantization.grids import Integers
 from jaxweights.techniques.quantization.scales import ScaleFormat
 
+_LAYOUTS = (None, "pack-quantized", "mixed-precision")
 _SCALES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
 def _reads(parts: Mapping[str, np.ndarray], config: Config) -> bool:
-    return True
+    return config.get("format") in _LAYOUTS
 
 
 def _read(what: str, parts: Mapping[str, np.ndarray], config: Config) -> QuantizedArray:

@@ -63,7 +63,12 @@ def _read(what: str, parts: Mapping[str, np.ndarray], config: Config) -> Quantiz
     if order is not None:
         codes = codes[:, order]
     half = 2 ** (bits - 1)
-    version_1 = config.get("checkpoint_format", "gptq") != "gptq_v2"
+    layout = config.get("checkpoint_format", "gptq")
+    if layout not in ("gptq", "gptq_v2"):
+        raise ValueError(
+            f"{what} is in the layout {str(layout)[:200]!r} of GPTQ, of which 'gptq' and 'gptq_v2' are read"
+        )
+    version_1 = layout == "gptq"
     zeros = from_stream(qzeros, bits, n).astype(np.int16) + version_1 - half
     zero_point = bool(np.any(zeros))
     if np.any(zeros > 127):

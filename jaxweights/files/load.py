@@ -22,6 +22,7 @@ from jaxweights.files.mxfp4 import MXFP4
 from jaxweights.files.names import check_kinds, nested
 from jaxweights.files.sparse_24 import SPARSE_24
 from jaxweights.files.stored import PARTS, from_tensors
+from jaxweights.files.unread import check_no_codes
 
 OURS = "jaxweights"
 """The name in the metadata of a file under which a description of the tree and its stored weights is kept."""
@@ -45,7 +46,8 @@ def load(path: str | Path) -> Any:
     them, (out, in), and their `axes` tell so: `x @ q` is the product of the layer, and `q.transpose((1, 0))` the kernel
     (in, out), for which nothing is moved. The weight of the tensors "layer.qweight", "layer.scales" and so on is
     "layer.weight". Arrays keep their shapes too: the weight of a linear layer of PyTorch is (out, in). The dtype is the
-    one that the other tool would give the weight, often float16: `q.astype(jnp.float32)` does not round.
+    one that the other tool would give the weight, often float16: `q.astype(jnp.float32)` does not round. Of GPTQ, what
+    has no `checkpoint_format` is taken to be version 1. A model quantized in a format that is not read is refused.
 
     The file is mapped into memory and read tensor by tensor. Nothing in it is executed.
 
@@ -74,7 +76,11 @@ def load(path: str | Path) -> Any:
     """
     path = as_path(path)
     contents = read(path)
-    found = {name: leaf.read() for name, leaf in leaves(path, contents).items()}
+    by_name = leaves(path, contents)
+    if OURS not in contents.metadata:
+        plain = {name: contents.tensors[name] for name, leaf in by_name.items() if not leaf.form}
+        check_no_codes(path.name, plain, functools.partial(_config, path, contents))
+    found = {name: leaf.read() for name, leaf in by_name.items()}
     return nested(found, check_kinds(_ours(path.name, contents).get("nodes", {})))
 
 
