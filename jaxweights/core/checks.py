@@ -69,13 +69,13 @@ def check_broadcast(name: str, got: tuple[int, ...], shape: tuple[int, ...], of:
         raise ValueError(f"{name} must broadcast to {of} {shape}, got shape {got}: add axes with [..., None]")
 
 
-def check_integer(name: str, value, low: int, high: int | None = None) -> None:
-    """Raises unless `value` is a Python integer in [low, high]."""
+def check_integer(name: str, value, low: int, high: int | None = None, remedy: str = "") -> None:
+    """Raises unless `value` is a Python integer in [low, high]; outside it, with the remedy."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}: pass a Python int")
     if value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {bounds}, got {value!r}")
+        raise ValueError(f"{name} must be {bounds}, got {value!r}{remedy and ': '}{remedy}")
 
 
 def check_shape(name: str, shape) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import jax
 
@@ -43,6 +44,16 @@ class StoredMatrices:
         return self.layer.with_batch(self._batch)[1]
 
     @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the weight."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return nbytes(self)
@@ -75,6 +86,18 @@ class StoredMatrices:
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """Returns x @ w, computed from what is stored."""
         return product(check_weight(x, "x"), self, self._times)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
+        self._no_array()  # else NumPy makes an array of one object
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        self._no_array()
+
+    def _no_array(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} is no array: make it one with w.todense(), multiply by it with x @ w, or run the "
+            f"function or module that has it as jaxweights.with_stored(f)"
+        )
 
     def _rows(self, index: jax.Array) -> jax.Array | None:
         """Some rows of a single matrix, in the dtype of the weight; None if the whole has to be an array for that."""

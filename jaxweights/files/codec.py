@@ -136,9 +136,13 @@ def matrix_of(what: str, q: QuantizedArray, format: str) -> Matrix:
     grid = q.format.grid
     if r.batch or r.groups > 1:
         raise ValueError(f"{what} is a stack of weights or has groups, {format} has matrices: save each by itself")
-    if q.minimum is not None or q.input_scale is not None:
-        name = "minimum" if q.minimum is not None else "input_scale"
-        raise ValueError(f"{what} has an array {name!r}, {format} has none: quantize the weight without it")
+    if q.minimum is not None:
+        raise ValueError(f"{what} has an array 'minimum', {format} has none: quantize the weight without it")
+    if q.input_scale is not None:
+        raise ValueError(
+            f"{what} has scales of its inputs, 'input_scale', as methods.AWQ makes them, {format} has none: quantize "
+            f"with methods.GPTQ, or with methods.RoundToNearest after jaxweights.smooth"
+        )
     if not isinstance(grid, Integers):
         raise ValueError(
             f"{what} is of {type(grid).__name__}, {format} has integers: quantize with formats.integers, "

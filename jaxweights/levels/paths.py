@@ -102,7 +102,7 @@ def select(
         elif layout is not None:
             matched = [i for i in arrays if paths[i] in layout]
             if not matched:
-                _nothing("the layout", paths, leaves)
+                _nothing("the layout", paths, leaves, ". Name those that the program does not multiply by with `where`")
         else:
             matched = _matrices(arrays, paths, leaves)
             if not matched:
@@ -189,11 +189,11 @@ def _check_array(what: str, path: str, leaf: Any) -> None:
         )
 
 
-def _nothing(what: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+def _nothing(what: str, paths: Sequence[str], leaves: Sequence[Any], remedy: str = "") -> None:
     have = [f"{p} {tuple(a.shape)}" for p, a in zip(paths, leaves, strict=True) if is_weight(a)]
     listing = ", ".join(have[:50]) + (f", and {len(have) - 50} more" if len(have) > 50 else "")
     stored = any(map(is_stored, leaves))
-    remedy = ". Others are stored: jaxweights.densify(params) makes arrays of them" if stored else ""
+    remedy += ". Others are stored: jaxweights.densify(params) makes arrays of them" if stored else ""
     raise ValueError(
         f"{what} selects no weight. The floating-point arrays of this tree are: {listing or 'none'}{remedy}"
     )

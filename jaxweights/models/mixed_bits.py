@@ -170,7 +170,7 @@ def mixed_bits(
 
     axes, tree = layout(f, params, *given[0]), flatten(params)
     by_path = tree.by_path
-    matrices = [path for path in axes if by_path[path].ndim >= 2]
+    matrices = [path for path in axes if len(by_path[path].shape) >= 2]
     paths = list(chosen_methods(tree, RoundToNearest(8), where, matrices))
     needs = frozenset[str]().union(*(m.needs for several in methods for m in methods_of(several)))
     stats: dict[str, InputStats] = {}

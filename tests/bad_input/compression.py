@@ -73,5 +73,11 @@ CASES = [
     ("mixed one batch", lambda: mixed(batches=X), T, "write [batch]"),
     ("mixed distance", lambda: mixed(bits=8, distance="KL"), T, "must be a function (outputs, new outputs)"),
     ("mixed where", lambda: mixed(bits=8, where="**/w"), V, "selects no weight"),
+    (
+        "mixed where stored",
+        lambda: jw.mixed_bits(jw.with_stored(mlp), stored(), [X], [4], bits=8, where="head"),
+        V,
+        "make arrays of what is stored with jaxweights.densify(params)",
+    ),
     ("MixedBits as rules", lambda: jw.one_shot(PARAMS, jw.MixedBits((), ())), T, "rules {glob: method}, got MixedBits"),
 ]

@@ -26,6 +26,7 @@ def save(tree, path=OURS, **options):
 
 
 WIDE = jnp.linspace(-1, 1, 64 * 32).reshape(64, 32)
+AWQ_STATS = jw.capture(lambda w, x: x @ w, WIDE, [jnp.eye(64)], second_moment=True)[""]
 PACKED = jw.sparse.pack(W * (jnp.arange(4) < 2)[:, None])
 
 
@@ -86,6 +87,12 @@ CASES = [
         lambda: save({"kernel": jw.quantize(WIDE, "nf4")}, format="awq"),
         V,
         "AWQ has integers: quantize with formats.integers",
+    ),
+    (
+        "save a weight of AWQ as GPTQ",
+        lambda: save({"kernel": jw.methods.AWQ(HALVES).fit(WIDE, AWQ_STATS)}, format="gptq"),
+        V,
+        "quantize with methods.GPTQ, or with methods.RoundToNearest after jaxweights.smooth",
     ),
     ("save f32 scales as GPTQ", lambda: save({"kernel": jw.quantize(WIDE, 4)}, format="gptq"), V, "scale='float16'"),
     ("save a packed weight in GGUF", lambda: save({"a": PACKED}, GGUF), T, "GGUF has none: save it as safetensors"),

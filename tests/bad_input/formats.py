@@ -37,6 +37,9 @@ CASES = [
     ("Format grid", lambda: F.Format(4), T, "write Integers(4)"),
     ("Format scale", lambda: F.Format(F.Integers(4), 32, "float16"), T, "write ScaleFormat('bfloat16')"),
     ("Format block", lambda: F.Format(F.Integers(4), 0), V, "block must be at least 1, got 0"),
+    ("Format block -1", lambda: F.Format(F.Integers(4), -1), V, "at least 1, got -1: None is all inputs"),
+    ("bits per weight of no rows", lambda: F.NF4.bits_per_weight(0, 4), V, "rows must be at least 1, got 0"),
+    ("bits per weight of no columns", lambda: F.NF4.bits_per_weight(4, 0), V, "columns must be at least 1, got 0"),
     ("Format zero_point", lambda: F.Format(F.NF4.grid, zero_point=True), V, "zero_point needs a grid of Integers"),
     ("Format per_tensor", lambda: F.Format(F.Integers(4), 8, per_tensor=True), V, "leave out block and outer"),
     ("integers 1", lambda: F.integers(1), V, "bits must be from 2 to 8, got 1"),
@@ -52,6 +55,15 @@ CASES = [
     ("HQQ p", lambda: R.HQQ(p=1.5), V, "p must be"),
     ("HQQ kappa", lambda: R.HQQ(kappa=0.5), V, "kappa must be"),
     ("HQQ symmetric", lambda w: jw.quantize(w, 4, range=R.HQQ()), V, "as formats.integers(4, symmetric=False)"),
+    *(
+        (f"HQQ in {name}", lambda f=f: f("int4", range=R.HQQ()), V, "as formats.integers(4, symmetric=False)")
+        for name, f in {
+            "RoundToNearest": jw.methods.RoundToNearest,
+            "GPTQ": jw.methods.GPTQ,
+            "AWQ": jw.methods.AWQ,
+            "FakeQuantize": jw.FakeQuantize,
+        }.items()
+    ),
     (
         "Range itself",
         lambda w: jw.quantize(w, 4, range=R.Range()),

@@ -79,7 +79,7 @@ CASES = [
     ("FakeQuantize delay -1", lambda: jw.FakeQuantize(4, delay=-1), V, "delay must be at least 0, got -1"),
     ("FakeQuantize delay 1.5", lambda: jw.FakeQuantize(4, delay=1.5), T, INTEGER),
     ("FakeQuantize stored", lambda: jw.FakeQuantize(4).store(W, {}), V, "or a number of bits with keep_zeros=True"),
-    ("FakeQuantize stored on a schedule", lambda: FALLING.store(W, {}), V, "train a format such as 'int8'"),
+    ("FakeQuantize stored on a schedule", lambda: FALLING.store(W, {}), V, "dataclasses.replace(transform, bits=N)"),
     ("FakeQuantize of what is stored", lambda: jw.FakeQuantize("int4").apply(jw.quantize(W, 4), {}), T, ".todense()"),
     ("FakeQuantize stored by name", lambda: jw.FakeQuantize("int4").store("w", {}), T, ARRAY),
     ("LSQ 1", lambda: jw.LSQ(1), V, "must be from 2 to 8, got 1"),

@@ -76,6 +76,10 @@ def compressed(batches, where=None, **options):
     return jw.compress(lambda p, x: x @ p["encoder"]["kernel"], PARAMS, batches, method, where, **options)
 
 
+def compress_stored(where):
+    return jw.compress(jw.with_stored(lambda p, x: x @ p["a"]["w"]), STORED, [W.T], jw.methods.Wanda(0.5), where)
+
+
 def view_of(transpose=None, index=None):
     return jw.tie({"a": W, "b": W}, {"a": jw.Tied("b", transpose, index)})
 
@@ -205,6 +209,7 @@ CASES = [
     ("integers only", lambda: lift(norm, None, tree(integers(W))), V, "tree are: none"),
     ("where a stored weight", lambda: lift(norm, "**/w", STORED), V, STORED_LEAF),
     ("a rule for a stored weight", lambda: lift({"**/w": clip}, None, STORED), V, STORED_LEAF),
+    ("compress a stored weight", lambda: compress_stored("**/w"), V, STORED_LEAF),
     ("redraw a stored weight", lambda: redraw({"**/w": jw.he_normal}, STORED), V, STORED_LEAF),
     ("decay a stored weight", lambda: jw.add_weight_decay(0.1, "**").init(STORED), V, STORED_LEAF),
     ("stored weights only", lambda: lift(norm, None, STORED), V, "are: none. Others are stored: jaxweights.densify("),
@@ -286,6 +291,12 @@ CASES = [
     ("Wanda of statistics", lambda: jw.wanda_mask(W, STATS, 0.5), T, "got InputStats: give its .norm"),
     ("SparseGPT of statistics", lambda: jw.sparsegpt(W, STATS, 0.5), T, "got InputStats: give its .second_moment"),
     # One-shot methods.
+    (
+        "compress a table",
+        lambda: jw.compress(lambda p, i: p[i], W, [jnp.arange(2)], jw.methods.Magnitude(0.5)),
+        V,
+        "Name those that the program does not multiply by with `where`",
+    ),
     ("Wanda of 1.5", lambda: jw.methods.Wanda(1.5), V, "sparsity must be in [0, 1], got 1.5"),
     ("Magnitude of a list", lambda: jw.methods.Magnitude([2, 4]), T, "write (2, 4)"),
     ("SparseGPT damping", lambda: jw.methods.SparseGPT(0.5, damping=-1), V, "damping must be at least 0"),
@@ -324,12 +335,6 @@ CASES = [
     ("HQQ of int4", lambda: jw.methods.HQQ("int4"), T, "bits must be an integer"),
     ("HQQ in one block", lambda: jw.methods.HQQ(4, block=None), T, "block must be an integer"),
     ("RoundToNearest of True", lambda: jw.methods.RoundToNearest(True), T, "a number of bits, a name such as 'nf4' or"),
-    (
-        "RoundToNearest by HQQ of int4",
-        lambda: shot(jw.methods.RoundToNearest(4, range=jw.ranges.HQQ())),
-        V,
-        "RoundToNearest at 'encoder/kernel': HQQ chooses zero points: give a format with them",
-    ),
     ("one_shot without data", lambda: shot(jw.methods.Wanda(0.5)), V, "Wanda at 'encoder/kernel': there are no stat"),
     ("one_shot of a class", lambda: shot(jw.methods.Wanda), T, "make an instance, Wanda(...)"),
     ("one_shot of a name", lambda: shot("nf4"), T, "got str 'nf4': write RoundToNearest('nf4')"),

@@ -101,6 +101,16 @@ def test_each_layer_is_calibrated_on_the_layers_already_done_if_asked(compress):
         assert not np.allclose(recipe(W2, relu(x @ W1)), recipe(W2, relu(x @ first)), atol=0.05)
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_what_is_stored_already_stays(sequential):
+    stored = jw.quantize(jnp.float32(W1), 3)
+    params = PARAMS | {"layers_0": {"kernel": stored}}
+    new = jw.compress(jw.with_stored(mlp), params, BATCHES, Wanda(0.5), sequential=sequential)
+    assert new["layers_0"]["kernel"] is stored
+    hidden = relu(np.concatenate(X) @ np.float64(stored.todense()))
+    np.testing.assert_allclose(new["layers_2"]["kernel"], wanda(W2, hidden), rtol=1e-6)
+
+
 @pytest.mark.parametrize("compress", [of_function, of_linen, of_nnx])
 def test_weights_can_be_stored_in_the_same_call(compress):
     for sequential in (False, True):

@@ -107,3 +107,13 @@ def test_methods_with_statistics_another_distance_and_some_weights(model):
     expected = divergence(mlp(params, x), mlp(new, x))
     np.testing.assert_allclose(found.choices[1].options[0].error, expected, rtol=1e-4)
     assert all(choice.option.error == min(o.error for o in choice.options) for choice in found.choices)
+
+
+def test_what_is_stored_already_is_not_chosen_for(model):
+    params, batches = model
+    stored = params | {"head": jw.quantize(params["head"], 2)}
+    found = jw.mixed_bits(jw.with_stored(mlp), stored, batches, BITS, bits=6)
+    assert [choice.path for choice in found.choices] == ["layers/0/w", "layers/1/w", "layers/2/w"]
+    expected = errors(jw.densify(stored), batches)
+    for choice in found.choices:
+        np.testing.assert_allclose([o.error for o in choice.options], expected[choice.path], rtol=1e-4)

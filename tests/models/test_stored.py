@@ -172,5 +172,6 @@ def test_bytes_are_true():
         (jw.sparse.pack_blocks(w.at[:, 32:].set(0), block=(32, 32), axes=jw.Axes(batch=0)), 3 * (32 * 32 * 4 + 8)),
     ):
         assert stored.nbytes == expected and stored.shape == w.shape
+        assert (stored.ndim, stored.size) == (3, 3 * 64 * 32)
         assert Reading.of(stored.axes, stored.shape) == Reading.of(jw.Axes(batch=0), stored.shape)
         assert axes_or_default(stored.axes, 3) == stored.axes

@@ -224,6 +224,12 @@ def test_costs_are_those_of_the_field():
         assert format.bits_per_weight(4096, 4096) == pytest.approx(bits, rel=1e-12), format
 
 
+def test_zero_points_of_hqq_take_two_or_four_bytes():
+    for scale, expected in {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 4}.items():
+        format = integers(4, block=16, symmetric=False, scale=scale)
+        assert jw.quantize(normal(64, 4), format, range=jw.ranges.HQQ()).zero.nbytes == 16 * expected, scale
+
+
 # Rounding
 
 
@@ -307,6 +313,24 @@ def test_what_is_not_finite_makes_nan_of_all_that_shares_its_scale(value):
         expected = np.zeros((64, 4), bool)
         expected[:block, 1] = True
         np.testing.assert_array_equal(np.isnan(found), expected, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float16"])
+def test_a_factor_for_all_scales_keeps_weights_of_any_magnitude(dtype):
+    w = np.float64(normal(64, 32))
+    blocks = w.reshape(4, 16, 32)
+    scale = np.abs(blocks).max(1, keepdims=True) / 7
+    exact = np.linalg.norm(np.round(blocks / scale) * scale - blocks)
+
+    def error(sigma, outer):
+        format = integers(4, block=16, scale=ScaleFormat(dtype, outer))
+        return np.linalg.norm(np.float64(jw.quantize(jnp.float32(w * sigma), format).todense()) / sigma - w)
+
+    for sigma in (1e-6, 1.0, 1e5):
+        assert error(sigma, 0) < 1.1 * exact, sigma
+    half_of_least, largest = {"float8_e4m3fn": (2.0**-10, 448), "float16": (2.0**-25, 65504)}[dtype]
+    assert error(0.999 * half_of_least / scale.max(), None) == np.linalg.norm(w)
+    assert error(100 * largest / scale.min(), None) > 0.9 * np.linalg.norm(w)
 
 
 SIZES = [(0, 4), (4, 0), (1, 1), (), (5,)]

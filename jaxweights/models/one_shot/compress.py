@@ -78,7 +78,7 @@ def compress(
         raise ValueError("batches is empty: give at least one batch")
     axes, tree = layout(f, params, *first), flatten(params)
     by_path = tree.by_path
-    matrices = [path for path in axes if by_path[path].ndim >= 2]
+    matrices = [path for path in axes if len(by_path[path].shape) >= 2]
     chosen = chosen_methods(tree, method, where, matrices)
     needs = {path: frozenset().union(*(m.needs for m in methods)) for path, methods in chosen.items()}
     second_moment = any("second_moment" in names for names in needs.values())

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes, Reading
-from jaxweights.core.checks import check_weight
+from jaxweights.core.checks import check_dtype, check_weight
 from jaxweights.core.layer import Layer, same_matrices
 from jaxweights.core.matrices import StoredMatrices
 from jaxweights.core.packing import unpack, unpack_rows
@@ -94,7 +94,7 @@ class QuantizedArray(StoredMatrices):
 
     def astype(self, dtype: jnp.dtype) -> QuantizedArray:
         """The weight in another floating dtype."""
-        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+        return dataclasses.replace(self, dtype=check_dtype(dtype))
 
     def read_as(self, axes: Axes) -> QuantizedArray | None:
         """The same weight if it is stored as these matrices, or as their stack along its first axis; else None."""

@@ -181,10 +181,15 @@ class FakeQuantize(Transform):
     def store(self, w: jax.Array, state: State) -> QuantizedArray:
         """The weight that `apply` returns, bit for bit, as what is kept after training. A delay is taken to be over."""
         w = check_weight(w)
+        if callable(self.bits) and self.keep_zeros:
+            raise ValueError(
+                "bits is a schedule, and what is stored has one number of bits: store with dataclasses.replace("
+                "transform, bits=N), where N is the number that training ended with"
+            )
         if self._format is None:
             raise ValueError(
-                f"bits={self.bits!r} is the min-max formula, whose values no format has, or a schedule: train a format "
-                f"such as 'int8' or formats.integers(8, symmetric=False), or a number of bits with keep_zeros=True"
+                f"bits={self.bits!r} is the min-max formula, whose values no format has: train a format such as 'int8' "
+                f"or formats.integers(8, symmetric=False), or a number of bits with keep_zeros=True"
             )
         blocking = Blocking(self._format, self.axes, w.shape)
         return _stored(w, self._range_of(w, state), blocking, self._chosen)

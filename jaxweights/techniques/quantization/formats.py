@@ -43,7 +43,7 @@ class Format:
         if not isinstance(self.scale, ScaleFormat):
             raise TypeError(f"scale must be a ScaleFormat, got {self.scale!r}: write ScaleFormat('bfloat16')")
         if self.block is not None:
-            check_integer("block", self.block, 1)
+            check_integer("block", self.block, 1, remedy="None is all inputs")
         if self.zero_point and not isinstance(self.grid, Integers):
             raise ValueError(f"zero_point needs a grid of Integers, got {type(self.grid).__name__}: leave it False")
         if self.per_tensor and (self.block is not None or self.scale.outer is not None):
@@ -81,7 +81,12 @@ class Format:
         return -(-rows // max(block, 1)), block
 
     def bits_per_weight(self, rows: int, columns: int) -> float:
-        """What a weight costs: codes, scales and zero points, without padding."""
+        """What a weight costs: codes, scales and zero points, without padding.
+
+        A zero point counts as the byte of an integer. Those of the range `HQQ` are floats of 2 or 4 bytes.
+        """
+        check_integer("rows", rows, 1)
+        check_integer("columns", columns, 1)
         n_blocks, _ = self.blocks(rows)
         n_scales = 1 if self.per_tensor else n_blocks * columns
         bits = n_scales * 8 * (_bytes(self.scale.dtype) + self.zero_point)

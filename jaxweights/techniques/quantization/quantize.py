@@ -77,6 +77,7 @@ def check_range(range: Range | None, format: Format) -> Range:
         return default_range(format)
     if not isinstance(range, Range):
         raise TypeError(f"range must be one of jaxweights.ranges, got {range!r}: write jaxweights.ranges.MSE()")
+    range.check(format)
     return range
 
 

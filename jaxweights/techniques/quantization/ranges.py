@@ -13,7 +13,7 @@ from jaxweights.core.checks import check_integer, check_scalar
 from jaxweights.numerics.norms import safe_divide
 from jaxweights.techniques.quantization.blocks import Parts, bounded, decode, encode
 from jaxweights.techniques.quantization.formats import Format
-from jaxweights.techniques.quantization.grids import Integers, Levels
+from jaxweights.techniques.quantization.grids import Levels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Range:
           `Parts`, of the shape of `x` with sizes of 1 along `over`.
         """
         raise TypeError(f"{type(self).__name__} defines no fit: a range is at least fit(x, over, format, there)")
+
+    def check(self, format: Format) -> None:
+        """Raises if the range does not suit a format. By default it suits all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +173,8 @@ class HQQ(Range):
     """Half-quadratic quantization: the zero point with the least ‖w − ŵ‖_p, p < 1, which outliers hardly move.
 
     Alternates e = shrink(w − ŵ, β), z = mean(code − (w − e)/s), β ← κβ; shrink(d) = sign(d)·max(|d| − |d|^(p−1)/β, 0).
-    Zero points are floating-point numbers, so in general 0 is not on the grid.
+    Zero points are floating-point numbers, so in general 0 is not on the grid. Each takes 2 bytes if scales are float16
+    or bfloat16, else 4.
 
     Args:
       steps: of the alternation. The best zero points on the way are kept.
@@ -200,13 +204,17 @@ class HQQ(Range):
         check_scalar("beta", self.beta, 0)
         check_scalar("kappa", self.kappa, 1)
 
-    def fit(self, x, over, format, there=None):
-        """The scale of min-max, and the best zero point for it."""
-        grid = format.grid
-        if not isinstance(grid, Integers) or not format.zero_point:
+    def check(self, format):
+        """Raises unless the format has zero points."""
+        if not format.zero_point:
             raise ValueError(
                 "HQQ chooses zero points: give a format with them, as formats.integers(4, symmetric=False)"
             )
+
+    def fit(self, x, over, format, there=None):
+        """The scale of min-max, and the best zero point for it."""
+        self.check(format)
+        grid = format.grid
         x = jax.lax.stop_gradient(x)  # of |w − ŵ|^p, which has none at 0
         weight = jnp.ones((), x.dtype) if there is None else there.astype(x.dtype)
         total = jnp.sum(jnp.broadcast_to(weight, x.shape), over, keepdims=True)

@@ -22,7 +22,11 @@ _E4M3 = Floats(4, 3, 1)
 
 @dataclasses.dataclass(frozen=True)
 class ScaleFormat:
-    """How scales are stored. They are rounded to nearest; those too large for the dtype become its largest number.
+    """How scales are stored: rounded to nearest.
+
+    Without a factor, scales above the largest number of the dtype become it, and those up to half its least become 0,
+    and their weights too: of float8_e4m3fn, above 448 and up to 2^-10; of float16, above 65504 and up to 2^-25. With
+    `outer=0`, scales use the range of the dtype whatever the magnitude of the weights.
 
     Args:
       dtype: the name of a dtype: "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu" (powers of two, a

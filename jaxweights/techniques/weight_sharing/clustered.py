@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxweights.core.axes import Axes, Reading
-from jaxweights.core.checks import check_weight
+from jaxweights.core.checks import check_dtype, check_weight
 from jaxweights.core.layer import Layer, same_matrices, stored_matrix
 from jaxweights.core.matrices import StoredMatrices
 from jaxweights.core.packing import pack, rows_of_a_period, unpack, unpack_rows
@@ -82,7 +82,7 @@ class ClusteredArray(StoredMatrices):
 
     def astype(self, dtype: jnp.dtype) -> ClusteredArray:
         """The weight in another floating dtype."""
-        return dataclasses.replace(self, codebook=self.codebook.astype(dtype))
+        return dataclasses.replace(self, codebook=self.codebook.astype(check_dtype(dtype)))
 
     def read_as(self, axes: Axes) -> ClusteredArray | None:
         """The same weight if it is stored as these matrices, or as their stack along its first axis; else None."""

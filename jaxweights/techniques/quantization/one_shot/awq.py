@@ -33,6 +33,8 @@ class AWQ(Method):
     the outputs, E‖(Ŵ − W)ᵀx‖². Then the range of each block is clipped to 1, .95, ... or .55 of its largest magnitude,
     whichever has the least error in what the block adds to the outputs, unless this raises the error of the whole. So
     the error is never larger than that of `RoundToNearest`. 1/s is stored with the weight: products multiply x by it.
+    Files in the formats "awq", "gptq" and "compressed-tensors" have no place for it: `GPTQ`, and `RoundToNearest` after
+    `jaxweights.smooth`, give weights that can be saved in them.
 
     Args:
       format: as in `quantize`: a number of bits, a name such as "nf4", or a `jaxweights.formats.Format`.

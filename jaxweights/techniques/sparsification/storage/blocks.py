@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core.axes import Axes
-from jaxweights.core.checks import check_integer
+from jaxweights.core.checks import check_dtype, check_integer
 from jaxweights.core.layer import Layer
 from jaxweights.core.matrices import StoredMatrices
 from jaxweights.techniques.sparsification.storage.kept import capacity, kept_matrix, nan_unless
@@ -58,7 +58,7 @@ class BlockSparseArray(StoredMatrices):
 
     def astype(self, dtype: jnp.dtype) -> BlockSparseArray:
         """The weight in another floating dtype."""
-        return dataclasses.replace(self, blocks=self.blocks.astype(dtype))
+        return dataclasses.replace(self, blocks=self.blocks.astype(check_dtype(dtype)))
 
     @jax.jit
     def _times(self, x: jax.Array) -> jax.Array:

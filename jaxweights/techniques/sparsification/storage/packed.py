@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxweights.core.axes import Axes
-from jaxweights.core.checks import check_integer
+from jaxweights.core.checks import check_dtype, check_integer
 from jaxweights.core.layer import Layer
 from jaxweights.core.matrices import StoredMatrices
 from jaxweights.techniques.sparsification.storage.kept import kept_matrix, nan_unless
@@ -63,7 +63,7 @@ class PackedArray(StoredMatrices):
 
     def astype(self, dtype: jnp.dtype) -> PackedArray:
         """The weight in another floating dtype."""
-        return dataclasses.replace(self, values=self.values.astype(dtype))
+        return dataclasses.replace(self, values=self.values.astype(check_dtype(dtype)))
 
     @jax.jit
     def _times(self, x: jax.Array) -> jax.Array:
