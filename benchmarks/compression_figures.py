@@ -50,7 +50,7 @@ def quantized_layers() -> str:
     report = read("quantization")
     formats = list(dict.fromkeys(r["format"] for r in report["layers"]))
     rows = sorted(report["layers"], key=lambda r: formats.index(r["format"]))
-    rows = [r for r in rows if r["format"].startswith("int") or r["method"] == "round to nearest"]
+    rows = [r for r in rows if r["format"].startswith(("int", "MXFP4")) or r["method"] == "round to nearest"]
     layers = list(dict.fromkeys(r["layer"] for r in report["layers"]))
     found = {(r["format"], r["package"], r["method"], r["layer"]): r for r in rows}
     keys = list(dict.fromkeys(key[:3] for key in found))
@@ -69,6 +69,13 @@ def quantized_layers() -> str:
     columns.append(["to round, ms", *(f"{times[k]['quantize_ms']:.0f}" if k in times else "" for k in keys)])
     columns += [[f"x @ w, {n} row{'s' if n > '1' else ''}", *(time(key, n) for key in keys)] for n in ("1", "16")]
     return table(columns, words=3)
+
+
+def quantization_times() -> str:
+    rows = read("quantization")["method_times"]
+    seconds = {"with compiling, s": "first_seconds", "again, s": "seconds"}
+    columns = [[key, *(r[key] for r in rows)] for key in ("package", "method")]
+    return table([*columns, *([name, *(f"{r[key]:.1f}" for r in rows)] for name, key in seconds.items())], words=2)
 
 
 def low_bit() -> str:

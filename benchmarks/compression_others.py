@@ -22,7 +22,7 @@ def two_of_four(recipe: Recipe, dense: Any, data: Images, teacher: np.ndarray, s
     """Keeps 2 of every 4 inputs by magnitude, and trains on within the mask; then clusters."""
     epochs = recipe.epochs[2]
     tx = jw.confine(stages.optimizer(recipe, epochs, data), jw.Prune((2, 4)), where="*/kernel")
-    pruned = lenets.fit(recipe.network.forward, dense, tx, data, epochs, seed + 100, teacher)
+    pruned = lenets.fit(recipe.network.forward, dense, tx, data, epochs, seed + 100, teacher, recipe.by_labels)
     return stages.shared_and_retrained(recipe, pruned, data, teacher, seed)
 
 
@@ -36,7 +36,7 @@ def rigl(recipe: Recipe, dense: Any, data: Images, teacher: np.ndarray, seed: in
     }
     tx = jw.confine(stages.optimizer(recipe, epochs, data), rules)
     first = recipe.network.init(jax.random.key(seed))
-    sparse = lenets.fit(recipe.network.forward, first, tx, data, epochs, seed, teacher)
+    sparse = lenets.fit(recipe.network.forward, first, tx, data, epochs, seed, teacher, recipe.by_labels)
     return stages.shared_and_retrained(recipe, sparse, data, teacher, seed)
 
 

@@ -24,6 +24,7 @@ class Recipe:
       epochs: of the dense training, of the control, of pruning, and of training the codebooks.
       sparsity: the fraction of zeros of each layer.
       values: the number of shared values of each layer, besides 0.
+      by_labels: the part of the loss that is by labels where there is a teacher; the rest is by its logits.
       decay: weight decay of the dense training and of pruning, in units of the learning rate.
       rate: the highest learning rate; a quarter of it for codebooks, which do not decay.
     """
@@ -32,6 +33,7 @@ class Recipe:
     epochs: tuple[int, int, int, int]
     sparsity: dict[str, float]
     values: dict[str, int]
+    by_labels: float
     decay: float
     rate: float = 2e-3
 
@@ -42,6 +44,7 @@ RECIPES = {
         (30, 120, 120, 16),
         {"fc1": 0.907, "fc2": 0.87, "fc3": 0.5},
         {"fc1": 8, "fc2": 8, "fc3": 8},
+        by_labels=0.5,
         decay=0.1,
     ),
     "LeNet-5": Recipe(
@@ -49,6 +52,7 @@ RECIPES = {
         (12, 16, 40, 8),
         {"conv1": 0.34, "conv2": 0.84, "fc1": 0.906, "fc2": 0.8},
         {"conv1": 16, "conv2": 16, "fc1": 8, "fc2": 8},
+        by_labels=0.0,
         decay=1e-4,
     ),
 }
@@ -78,7 +82,7 @@ def train_on(recipe: Recipe, dense: Any, data: Images, teacher: np.ndarray, seed
     """The control: trains the dense weights on with the teacher. It shows what the teacher alone gives."""
     epochs = recipe.epochs[1]
     tx = optimizer(recipe, epochs, data)
-    return lenets.fit(recipe.network.forward, dense, tx, data, epochs, seed + 100, teacher)
+    return lenets.fit(recipe.network.forward, dense, tx, data, epochs, seed + 100, teacher, recipe.by_labels)
 
 
 def prune(recipe: Recipe, dense: Any, data: Images, teacher: np.ndarray, seed: int) -> Any:
@@ -92,7 +96,7 @@ def prune(recipe: Recipe, dense: Any, data: Images, teacher: np.ndarray, seed: i
         for layer, sparsity in recipe.sparsity.items()
     }
     tx = jw.confine(optimizer(recipe, epochs, data), rules)
-    return lenets.fit(recipe.network.forward, dense, tx, data, epochs, seed + 100, teacher)
+    return lenets.fit(recipe.network.forward, dense, tx, data, epochs, seed + 100, teacher, recipe.by_labels)
 
 
 def share(recipe: Recipe, weights: Any) -> tuple[Any, Any]:
@@ -117,7 +121,7 @@ def retrain(recipe: Recipe, shared: Any, index: Any, data: Images, teacher: np.n
         return recipe.network.forward(looked_up(shared, index), images)
 
     tx = optimizer(recipe, epochs, data, 0.25, decay=0.0)
-    return lenets.fit(forward, shared, tx, data, epochs, seed + 200, teacher)
+    return lenets.fit(forward, shared, tx, data, epochs, seed + 200, teacher, recipe.by_labels)
 
 
 def stored(shared: Any, index: Any) -> Any:

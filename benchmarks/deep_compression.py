@@ -3,9 +3,10 @@
     python benchmarks/deep_compression.py --work FOLDER
 
 Both LeNets are trained dense with each seed. That is the baseline. The mean of the dense LeNet-5's is the teacher in
-what follows, where half of the loss is by its logits: gradual pruning by magnitude, then k-means of the weights that
-are left, then training of the codebooks. The result is saved with `entropy_coding=True`; it is the loaded file that is
-tested. The control, "distilled", is the dense network trained on with the teacher: what the teacher alone gives.
+what follows, where half of the loss of LeNet-300-100, and all that of LeNet-5, is by its logits: gradual pruning by
+magnitude, then k-means of the weights that are left, then training of the codebooks. The result is saved with
+`entropy_coding=True`; it is the loaded file that is tested. The control, "distilled", is the dense network trained on
+with the teacher: what the teacher alone gives.
 
 With --validation, the last 5,000 training images are held out and tested instead of the test images: the recipes were
 chosen so. FOLDER keeps the files and results of each run, and a run that is in it is not repeated.

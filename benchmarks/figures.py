@@ -16,6 +16,7 @@ from compression_figures import (
     compressed_minilm,
     low_bit,
     low_bit_tpu,
+    quantization_times,
     quantized_layers,
     quantized_minilm,
     quantized_mobilenet,
@@ -236,7 +237,8 @@ REGIONS = {
     f.__name__: f
     for f in (
         *(versions, headlines, minilm, sparse_training, gan, stochastic_rounding, accuracy, speed, clients),
-        *(compressed_minilm, quantized_minilm, quantized_mobilenet, quantized_layers, low_bit, clustering),
-        *(deep_compression, other_ways, low_bit_tpu, shared_products, sharing_applied, command_memory),
+        *(compressed_minilm, command_memory, quantized_minilm, quantized_mobilenet, quantized_layers),
+        *(quantization_times, low_bit, low_bit_tpu),
+        *(clustering, shared_products, sharing_applied, deep_compression, other_ways),
     )
 }

@@ -109,11 +109,11 @@ LENET_5 = Network(
 
 def fit(
     forward: Forward, weights: Any, tx: optax.GradientTransformation, data: Images, epochs: int, seed: int,
-    teacher: np.ndarray | None = None,
+    teacher: np.ndarray | None = None, by_labels: float = 0.5,
 ) -> Any:  # fmt: skip
-    """Trains `weights`: images are mirrored at random, and with a teacher half of the loss is by its logits.
+    """Trains `weights`: images are mirrored at random. With a teacher, `by_labels` of the loss is by labels.
 
-    `teacher` has the logits of the images, and of the mirrored ones: (2, n, classes).
+    The rest is by the logits of `teacher` for the images, and for the mirrored ones: (2, n, classes).
     """
     images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
     known = None if teacher is None else jnp.asarray(teacher)
@@ -125,7 +125,8 @@ def fit(
         if known is None:
             return hard
         soft = jax.nn.softmax(known[mirrored.astype(int), batch] / HEAT)
-        return hard / 2 + HEAT**2 / 2 * optax.softmax_cross_entropy(logits / HEAT, soft).mean()
+        by_teacher = HEAT**2 * optax.softmax_cross_entropy(logits / HEAT, soft).mean()
+        return by_labels * hard + (1 - by_labels) * by_teacher
 
     @jax.jit
     def epoch(state, batches):

@@ -23,6 +23,8 @@ from rich.table import Table
 from script import environment, parser, terminal, write
 from timing import Effort
 
+TABLES = ("mobilenet", "minilm", "layers", "minilm_times", "method_times", "layer_times")
+
 
 def main(arguments: list[str] | None = None) -> None:
     accepted = parser(__doc__)
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         "environment": environment(*packages),
         "quick": quick,
         "not_installed": [name for name in quantized_layers.PEERS if name not in packages],
-        **{table: earlier.get(table, []) for table in ("mobilenet", "minilm", "layers", "minilm_times", "layer_times")},
+        **{table: earlier.get(table, []) for table in TABLES},
     }
     with console.status("quantization") as status:
         models, layers, say = quantized_models, quantized_layers, status.update
@@ -51,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
             "layers": {"layers": lambda: layers.errors(quick, packages, say)},
             "times": {
                 "minilm_times": lambda: models.minilm_times(quick, effort, say),
+                "method_times": lambda: layers.method_times(quick, packages, say),
                 "layer_times": lambda: layers.times(quick, packages, effort, say),
             },
         }
@@ -87,6 +90,15 @@ def show(report: dict[str, Any], console: Console) -> None:
         for r in grouped([r for r in report["layers"] if r["layer"] == layer]):
             numbers = f"{r['bits']:.2f}", f"{r['weight']:.4f}", f"{r['output']:.4f}", f"{r['seconds']:.1f}"
             view.add_row(r["format"], r["package"], r["method"], *numbers)
+        console.print(view)
+    if report["method_times"]:
+        first = report["method_times"][0]
+        title = f"seconds to quantize a layer of {first['side']} x {first['side']}, {first['format']}"
+        view = Table(title=title, title_justify="left")
+        for name in ("package", "method", "with compiling", "again"):
+            view.add_column(name, justify="left" if name in ("package", "method") else "right")
+        for r in report["method_times"]:
+            view.add_row(r["package"], r["method"], f"{r['first_seconds']:.1f}", f"{r['seconds']:.1f}")
         console.print(view)
     if report["layer_times"]:
         view = Table(title="time to round, ms, and of x @ w over the float32 product", title_justify="left")

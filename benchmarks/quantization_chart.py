@@ -15,6 +15,7 @@ COLORS = {
     "MSE range": "#6fb08e",
     "HQQ": "#b08bd0",
     "AWQ": "#3f86c6",
+    "AWQ, MSE range": "#1d4a73",
     "GPTQ": "#c8501e",
     "GPTQ, MSE range": "#7a2a0c",
     "HQQ scales": "#b08bd0",

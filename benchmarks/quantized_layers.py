@@ -81,6 +81,7 @@ def our_ways() -> Iterator[Way]:
         "round to nearest": RoundToNearest,
         "MSE range": partial(RoundToNearest, range=MSE()),
         "AWQ": AWQ,
+        "AWQ, MSE range": partial(AWQ, range=MSE()),
         "GPTQ": GPTQ,
         "GPTQ, MSE range": partial(GPTQ, range=MSE(), act_order=True, static_groups=True),
     }
@@ -121,15 +122,15 @@ def qwix_ways() -> Iterator[Way]:
         q, _ = gptq_core.quantize_weight(jnp.asarray(w.T), stats.second_moment, how(kind))
         return stored(q.T)
 
-    def awq(kind: dict[str, Any], w: np.ndarray, stats: InputStats) -> Stored:
-        q, s = jax.jit(partial(awq_core.quantize_weight, how=how(kind)))(jnp.asarray(w.T), stats.mean_abs)
+    def awq(quantize: Callable[..., Any], w: np.ndarray, stats: InputStats) -> Stored:
+        q, s = quantize(jnp.asarray(w.T), stats.mean_abs)
         return stored(q.T, s[0])
 
     for name, kind in kinds.items():
         quantize = jax.jit(partial(qwix.quantize, channelwise_axes=(1,), **kind))
         yield Way("Qwix", "round to nearest", name, partial(nearest, quantize))
         if name in BY_METHODS:
-            yield Way("Qwix", "AWQ", name, partial(awq, kind))
+            yield Way("Qwix", "AWQ", name, partial(awq, jax.jit(partial(awq_core.quantize_weight, how=how(kind)))))
     yield Way("Qwix", "GPTQ", INT4, partial(gptq, kinds[INT4]))
 
 
@@ -264,6 +265,28 @@ def errors(quick: bool, packages: list[str], status: Callable[[str], Any]) -> It
                 "weight": float(np.linalg.norm(delta) / np.linalg.norm(layer.w)),
                 "output": float(size(delta) / size(layer.w.astype(np.float64))),
             }
+
+
+def method_times(quick: bool, packages: list[str], status: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
+    """Yields rows: seconds to quantize a layer of 1024 x 1024 by each method, at first, with compiling, and again.
+
+    Qwix's GPTQ, which loops over the columns in Python, is left out, as in `errors`.
+    """
+    side = 256 if quick else 1024
+    rng = np.random.default_rng(0)
+    w, x = (rng.standard_normal(shape, np.float32) for shape in ((side, side), (2 * side, side)))
+    stats = jw.capture(lambda params, x: x @ params["kernel"], {"kernel": jnp.asarray(w)}, [jnp.asarray(x)])["kernel"]
+    jax.block_until_ready(stats)
+    for way in ways(packages, quick):
+        if way.format != INT4 or way[:2] == ("Qwix", "GPTQ"):
+            continue
+        status(f"time: {way.package}, {way.method}")
+        found: dict[str, Any] = {"package": way.package, "method": way.method, "format": way.format, "side": side}
+        for key in ("first_seconds", "seconds"):
+            start = time.perf_counter()
+            way.store(w, stats)
+            found[key] = time.perf_counter() - start
+        yield found
 
 
 def times(quick: bool, packages: list[str], effort: Effort, status: Callable[[str], Any]) -> Iterator[dict[str, Any]]:

@@ -51,10 +51,8 @@ PHOTOS = ("china.jpg", "flower.jpg")
 
 
 def fits(format: Format, methods: Mapping[str, Callable[[Format], Method]]) -> dict[str, Method]:
-    """The methods that suit a format. HQQ is one for zero points, which more than 4 bits hardly need."""
-    suit = set(methods) - set(() if format.zero_point else ("HQQ",))
-    suit -= set(("AWQ", "GPTQ") if format.zero_point and format.grid.bits > 4 else ())
-    return {name: make(format) for name, make in methods.items() if name in suit}
+    """The methods that suit a format: HQQ is one for zero points."""
+    return {name: make(format) for name, make in methods.items() if format.zero_point or name != "HQQ"}
 
 
 def stored_leaves(tree: Any) -> list[jw.QuantizedArray]:
