@@ -33,7 +33,6 @@ SIZES = ((10_000_000, 64), (1_000_000, 16), (10_000, 16))
 MOST_FOR_EXACT = 20_000
 """Entries, with kmeans1d."""
 PEERS = {"scikit-learn KMeans": KMeans, "scikit-learn MiniBatchKMeans": MiniBatchKMeans}
-GOAL = 30
 
 
 def main(arguments: list[str] | None = None) -> None:
