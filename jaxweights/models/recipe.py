@@ -68,7 +68,8 @@ scale=ScaleFormat(dtype='float32', outer=None), zero_point=False, per_tensor=Fal
         if self.bits is None and self.format in _INTEGERS:
             object.__setattr__(self, "bits", int(self.format[-1]))
             object.__setattr__(self, "format", None)
-        if not self.globs or not all(isinstance(glob, str) and glob for glob in self.globs):
+        is_named = isinstance(self.weights, str | tuple | list) and len(self.globs) > 0
+        if not is_named or not all(isinstance(glob, str) and glob for glob in self.globs):
             raise TypeError(f"weights must be a glob or a tuple of globs, got {self.weights!r}: write '*'")
         for name in ("keep", "symmetric"):
             if not isinstance(getattr(self, name), bool):

@@ -1,6 +1,7 @@
 """Recipes: what TOML means, which weights a glob takes, and what is done to a tree."""
 
 import itertools
+import random
 import re
 import tomllib
 
@@ -164,6 +165,39 @@ def test_errors_name_the_rule_and_the_key(case):
     text, message = ERRORS[case]
     with pytest.raises(ValueError, match=re.escape(message)):
         Recipe.parse(text)
+
+
+VALUES = ("-1", "0", "1", "2", "8", "9", "64", "256", "1e999", "nan", "0.5", "true", "9" * 99, "1979-05-27")
+VALUES += ("'2:4'", "'4:2'", "'x'", "''", "'*'", "'int4'", "'nf4'", "'float16'", "'jaxweights'", "'gguf'")
+VALUES += ("[]", "['*']", "[[1]]", "{}", "{a = 1}")
+KEYS = ("weights", "keep", "prune", "bits", "format", "block", "symmetric", "scale", "cluster", "input", "to", "x")
+
+
+def test_damaged_recipes_are_refused_or_can_be_kept():
+    """Only a ValueError, which is what the command expects; and what is accepted is the same once written and read."""
+    rng, accepted = random.Random(0), 0
+    for _ in range(20_000):
+        lines = TEXT.splitlines()
+        for _ in range(rng.randint(1, 3)):
+            i = rng.randrange(len(lines))
+            key, line = lines[i].partition(" = ")[0], lines[i]
+            lines[i] = rng.choice(
+                (
+                    f"{key} = {rng.choice(VALUES)}",
+                    f"{rng.choice(KEYS)} = {rng.choice(VALUES)}",
+                    f"{line}\n{rng.choice(KEYS)} = {rng.choice(VALUES)}",
+                    "".join(rng.sample(line, len(line))),
+                    "[[rules]]",
+                    "",
+                )
+            )
+        try:
+            recipe = Recipe.parse("\n".join(lines))
+        except ValueError:
+            continue
+        accepted += 1
+        assert Recipe.parse(recipe.toml()) == recipe
+    assert accepted > 500
 
 
 def test_errors_name_the_file(tmp_path):
