@@ -118,6 +118,11 @@ def as_layers(axes: Axes | None, shape: tuple[int, ...]) -> Axes | None:
     return Axes(sorted(r.contracted + r.output), (), sorted(r.batch)) if r.batch else None
 
 
+def stack_shape(axes: Axes | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of a stack, in the order of its axes; () if the weight is none."""
+    return tuple(shape[a] for a in sorted(Reading.of(axes, shape).batch))
+
+
 def check_start(start: Start, keep_zeros: bool) -> None:
     """Raises unless `start` is known and `keep_zeros` is a bool."""
     check_choice("start", start, ("linear", "density", "k-means++", "optimal"))

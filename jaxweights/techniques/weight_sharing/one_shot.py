@@ -12,7 +12,7 @@ from jaxweights.core.checks import check_integer, check_weight
 from jaxweights.core.method import Method
 from jaxweights.numerics.norms import safe_divide
 from jaxweights.techniques.weight_sharing.clustered import store_clusters
-from jaxweights.techniques.weight_sharing.clustering import as_layers, cluster
+from jaxweights.techniques.weight_sharing.clustering import as_layers, cluster, stack_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Cluster(Method):
         """`cluster` of each layer or output unit, stored by `store_clusters`."""
         w = check_weight(w)
         axes = axes_or_default(stats.axes, w.ndim)
-        layers = as_layers(axes, w.shape)
+        layers, stack = as_layers(axes, w.shape), stack_shape(axes, w.shape)
         importance = _importance(w, stats.norm, axes) if self.weighted else None
         n_others = self.n - self.keep_zeros
         codebook, index = cluster(
             w, n_others, keep_zeros=self.keep_zeros, importance=importance, axes=axes if self.per_unit else layers
         )
-        if layers is not None and not self.per_unit:
-            codebook = codebook.reshape(*(w.shape[a] for a in layers.batch), n_others)
+        if stack and not self.per_unit:
+            codebook = codebook.reshape(*stack, n_others)
         return store_clusters(codebook, index, axes=axes, has_zeros=self.keep_zeros)
 
 

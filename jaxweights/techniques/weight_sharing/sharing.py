@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxweights.core.axes import Axes, Reading, axes_or_default
+from jaxweights.core.axes import Axes, axes_or_default
 from jaxweights.core.checks import check_choice, check_integer, check_state, check_weight
 from jaxweights.core.transform import Transform
 from jaxweights.numerics.sharding import auto_sharded
 from jaxweights.techniques.weight_sharing.clustered import MOST_VALUES, store_clusters
-from jaxweights.techniques.weight_sharing.clustering import Start, as_layers, check_start, cluster
+from jaxweights.techniques.weight_sharing.clustering import Start, as_layers, check_start, cluster, stack_shape
 from jaxweights.techniques.weight_sharing.convolution import Convolution
 from jaxweights.techniques.weight_sharing.groups import average, group_means, inside
 from jaxweights.techniques.weight_sharing.indices import index_dtype
@@ -174,8 +174,8 @@ class ShareWeights(Transform):
         codebook = self._means(w, state)[0] if self.codebook_gradient is None else jnp.asarray(state["codebook"])
         index = state["index"]
         if isinstance(self.groups, int) and (layers := as_layers(self.axes, w.shape)) is not None:
-            codebook = codebook.reshape(*(w.shape[a] for a in layers.batch), self.groups)
-            index = jnp.where(index < 0, index, index - self._first_of_layer(layers, w.shape))
+            codebook = codebook.reshape(*stack_shape(self.axes, w.shape), self.groups)
+            index = jnp.where(index < 0, index, index - _first_of_layer(layers, w.shape, self.groups))
         return store_clusters(codebook.astype(w.dtype), index, axes=self.axes, has_zeros=has_zeros)
 
     def _index(self, w: jax.Array, key: jax.Array) -> jax.Array:
@@ -185,7 +185,8 @@ class ShareWeights(Transform):
             if layers is None:
                 return index
             index = index.astype(index_dtype(self._n(w.shape)))
-            return jnp.where(index < 0, index, index + self._first_of_layer(layers, w.shape).astype(index.dtype))
+            first = _first_of_layer(layers, w.shape, self.groups).astype(index.dtype)
+            return jnp.where(index < 0, index, index + first)
         axes, shape = axes_or_default(self.axes, w.ndim), self._read(w.shape)
         if isinstance(self.groups, ProductQuantized):
             index = self.groups.positions(axes.matrix(w), key)
@@ -198,12 +199,6 @@ class ShareWeights(Transform):
         first = np.arange(math.prod(lead), dtype=one.dtype).reshape(*lead, 1, 1) * one.dtype.type(pattern.n_values)
         return axes.weight(jnp.asarray(np.where(one < 0, one, one + first)), w.shape)
 
-    def _first_of_layer(self, layers: Axes, shape: tuple[int, ...]) -> jax.Array:
-        """The number of the first group by value of its layer, for each position."""
-        *lead, rows, _ = jax.eval_shape(layers.matrix, jax.ShapeDtypeStruct(shape, jnp.int32)).shape
-        first = jnp.arange(0, math.prod(lead) * self.groups, self.groups, jnp.int32).reshape(*lead, 1, 1)
-        return layers.weight(jnp.broadcast_to(first, (*lead, rows, 1)), shape)
-
     def _read(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in which the groups are laid out: of the weight, or of the matrices as which it is read."""
         if isinstance(self.groups, Pattern) and not self.groups.reads_matrix:
@@ -215,7 +210,7 @@ class ShareWeights(Transform):
     def _n(self, shape: tuple[int, ...]) -> int:
         """The number of groups of a weight of this shape."""
         if isinstance(self.groups, int):
-            return self.groups * math.prod(shape[a] for a in Reading.of(self.axes, shape).batch)
+            return self.groups * math.prod(stack_shape(self.axes, shape))
         shape = self._read(shape)
         if isinstance(self.groups, ProductQuantized):
             return self.groups.n_values(shape)
@@ -241,6 +236,13 @@ class ShareWeights(Transform):
     def _codebook(self, state):
         codebook = jnp.asarray(state["codebook"])
         return codebook if self.codebook_gradient == "sum" else _with_mean_gradient(codebook, state["size"])
+
+
+def _first_of_layer(layers: Axes, shape: tuple[int, ...], groups: int) -> jax.Array:
+    """The number of the first group of its layer, for each position of a stack."""
+    *lead, rows, _ = jax.eval_shape(layers.matrix, jax.ShapeDtypeStruct(shape, jnp.int32)).shape
+    first = jnp.arange(0, math.prod(lead) * groups, groups, jnp.int32).reshape(*lead, 1, 1)
+    return layers.weight(jnp.broadcast_to(first, (*lead, rows, 1)), shape)
 
 
 @jax.custom_jvp
