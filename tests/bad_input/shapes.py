@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bad_input.vocabulary import AROUND, FLOAT, INIT, INTEGER, KEY, ONE_ROLE, SCALAR, WRITE_AXES, T, V, integers
-from flax import nnx
 
 import jaxweights as jw
 from jaxweights.core.transform import Transform
@@ -13,12 +12,6 @@ from jaxweights.core.transform import Transform
 def mapped(f, w, groups):
     """f of each row of `w` on a device of its own."""
     return jax.vmap(lambda row: f(row[None], axis_name="d", axis_index_groups=groups), axis_name="d")(w)
-
-
-def nnx_linear(kernel):
-    layer = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
-    layer.kernel = nnx.Param(kernel)
-    return layer(jnp.ones(4))
 
 
 INDEX = np.zeros((2, 3), int)
@@ -147,9 +140,7 @@ CASES = [
             ("as integers", integers, "dtype must be a real floating dtype"),
             ("as complex numbers", lambda q: q.astype("complex64"), "dtype must be a real floating dtype"),
             ("in NumPy", np.asarray, "is no array: make it one with w.todense()"),
-            ("in jnp", jnp.asarray, "is no array: make it one with w.todense()"),
             ("indexed", lambda q: q[0], "multiply by it with x @ w, or run"),
-            ("in NNX", nnx_linear, "as jaxweights.with_stored(f)"),
         ]
     ),
     ("matmul csr", lambda w: jw.matmul(w, jw.sparse.to_csr(w, nse=24)), V, "x must end in the input axes (4,) of w"),
