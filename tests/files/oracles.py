@@ -1,6 +1,7 @@
 """Packages that write and read the formats, for comparison; and files and weights to compare."""
 
 import importlib
+import json
 import warnings
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
+from jaxweights.files import safetensors
+from jaxweights.files.writing import Piece
 
 
 def oracle(name):
@@ -19,6 +22,14 @@ def oracle(name):
             return importlib.import_module(name)
         except ImportError as e:
             pytest.skip(f"needs the package {name.partition('.')[0]}: {e}")
+
+
+def write(folder, tensors, config=None):
+    """A file of plain tensors, with a config.json beside it if there is a config."""
+    safetensors.write(folder / "m.safetensors", [Piece.of(tensors)], {})
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": "x", "quantization_config": config}))
+    return folder / "m.safetensors"
 
 
 def halves(bits, block=32, **options):

@@ -9,22 +9,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from files.oracles import dense, halves, normal, oracle
+from files.oracles import dense, halves, normal, oracle, write
 
 import jaxweights as jw
 from jaxweights import files
 from jaxweights.files import safetensors
-from jaxweights.files.writing import Piece
 
 RNG = np.random.default_rng(0)
-
-
-def write(folder, tensors, config=None):
-    """A file of plain tensors, with a config.json beside it if there is a config."""
-    safetensors.write(folder / "m.safetensors", [Piece.of(tensors)], {})
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps({"model_type": "x", "quantization_config": config}))
-    return folder / "m.safetensors"
 
 
 def tensors_of(path):
@@ -324,39 +315,6 @@ def test_sparse_24(tmp_path):
         files.load(write(tmp_path, tensors))
     with pytest.raises(ValueError, match=r"has no tensor '\.shape'"):
         files.load(write(tmp_path, {k: v for k, v in tensors.items() if k != "l.shape"}))
-
-
-@pytest.mark.parametrize(
-    ("tensors", "config", "message"),
-    [
-        ({"l.weight": np.zeros((4, 8), "u1").view(jnp.float8_e4m3fn), "l.weight_scale": np.ones((4, 1), "f4")},
-         {"quant_method": "compressed-tensors", "format": "float-quantized"}, "float-quantized"),
-        ({"l.weight": np.zeros((4, 8), "u1").view(jnp.float8_e4m3fn), "l.weight_scale_inv": np.ones((1, 1), "f4")},
-         {"quant_method": "fp8"}, "quant_method='fp8'"),
-        ({"l.weight": np.zeros((4, 8), "i1"), "l.SCB": np.ones(4, "f4")}, None, "codes in int8"),
-        ({"l.weight": np.zeros((4, 8), "u4"), "l.scales": np.ones((4, 1), "f2"), "l.biases": np.ones((4, 1), "f2")},
-         None, "codes in uint32"),
-        ({"l.W_q": np.zeros((4, 8), "u1"), "l.scale": np.ones((4, 1), "f2")}, None, "'l.W_q'"),
-        ({"l.weight_packed": np.zeros((4, 8), "u1"), "l.weight_scale": np.zeros((4, 1), "u1")},
-         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
-        ({"l.qweight": np.zeros((4, 8), "i4"), "l.qzeros": np.zeros((1, 1), "i4"), "l.scales": np.ones((1, 8), "f2")},
-         {"quant_method": "auto-round"}, "quant_method='auto-round'"),
-    ],
-)  # fmt: skip
-def test_formats_that_are_not_read_are_named(tensors, config, message, tmp_path):
-    """Codes without their scales would be taken for weights."""
-    path = write(tmp_path, tensors, config)
-    with pytest.raises(
-        ValueError, match=rf"(?s)a format that is not read.*{message}|{message}.*a format that is not read"
-    ):
-        files.load(path)
-
-
-def test_parameters_that_are_called_as_scales_are_read(tmp_path):
-    tensors = {"l.weight": np.ones((4, 8), "f4"), "l.weight_scale": np.ones((4, 1), "f4"), "m.scales": np.ones(3, "f4")}
-    tree = files.load(write(tmp_path, tensors))
-    np.testing.assert_array_equal(tree["l"]["weight_scale"], tensors["l.weight_scale"])
-    np.testing.assert_array_equal(tree["m"]["scales"], tensors["m.scales"])
 
 
 def test_a_layout_of_gptq_that_is_not_read_is_named(tmp_path):
