@@ -11,7 +11,17 @@ _PACKED = (".qweight", ".weight_packed", ".W_q", ".q_weight")
 """The ends of names of packed codes, of GPTQ and AWQ, compressed-tensors, HQQ and ExLlamaV2."""
 _SCALED = (".weight_scale", ".weight_scale_inv", ".SCB", ".scales")
 """Of scales beside a "weight" of codes: of FP8 and int8, bitsandbytes and MLX."""
-_CODES = ("int8", "uint8", "uint32", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
+_CODES = (
+    "int8",
+    "uint8",
+    "int16",
+    "int32",
+    "uint32",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+)
 
 
 def check_no_codes(file: str, tensors: Mapping[str, Any], config: Callable[[], Mapping[str, Any]]) -> None:
@@ -22,8 +32,8 @@ def check_no_codes(file: str, tensors: Mapping[str, Any], config: Callable[[], M
             continue
         weight = name if end in _PACKED else name.removesuffix(end) + ".weight"
         codes = tensors.get(weight)
-        if not isinstance(codes, np.ndarray) or (end in _SCALED and codes.dtype.name not in _CODES):
-            continue
+        if not isinstance(codes, np.ndarray) or codes.dtype.name not in _CODES:
+            continue  # a parameter of such a name, as the W_q of an attention
         told = [f"{key}={str(value)[:99]!r}" for key, value in config().items() if key in ("quant_method", "format")]
         raise ValueError(
             f"{file}: {weight!r} has codes in {codes.dtype.name} of a format that is not read "

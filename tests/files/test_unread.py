@@ -34,8 +34,11 @@ def test_formats_that_are_not_read_are_named(tensors, config, message, tmp_path)
         files.load(path)
 
 
-def test_parameters_that_are_called_as_scales_are_read(tmp_path):
+def test_parameters_of_such_names_are_read(tmp_path):
     tensors = {"l.weight": np.ones((4, 8), "f4"), "l.weight_scale": np.ones((4, 1), "f4"), "m.scales": np.ones(3, "f4")}
+    tensors |= {"attention.W_q": np.ones((4, 4), "f4"), "attention.q_weight": np.ones((4, 4), "f2")}
     tree = files.load(write(tmp_path, tensors))
+    np.testing.assert_array_equal(tree["attention"]["W_q"], tensors["attention.W_q"])
+    np.testing.assert_array_equal(tree["attention"]["q_weight"], tensors["attention.q_weight"])
     np.testing.assert_array_equal(tree["l"]["weight_scale"], tensors["l.weight_scale"])
     np.testing.assert_array_equal(tree["m"]["scales"], tensors["m.scales"])
